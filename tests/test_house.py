@@ -1,0 +1,310 @@
+"""What must hold in all projects. A project is a folder with a config.yaml: none is named here.
+
+A project's own tests give, as `TINY`, the flags of a run that takes seconds.
+"""
+
+import ast
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from unet_transfer.run import read_texts, start_run
+
+ROOT = Path(__file__).parent.parent
+PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.yaml"))
+ROOMS = ("data", "model", "plots", "run")
+ROOM_FILES = [f"{room}.py" for room in (*ROOMS, "train")]
+FILES = ("README.md", "config.yaml", *ROOM_FILES, "results/reference/metrics.json")
+every_project = pytest.mark.parametrize("project", PROJECTS)
+
+
+def start(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def tiny_flags(project: str) -> list[str]:
+    tree = ast.parse((ROOT / "tests" / f"test_{project}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "TINY":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"tests/test_{project}.py: no TINY")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@every_project
+def test_the_files_of_the_plan_are_there(project):
+    missing = [name for name in FILES if not (ROOT / project / name).is_file()]
+    assert not missing
+    assert (ROOT / "tests" / f"test_{project}.py").is_file()
+
+
+@every_project
+def test_who_may_know_whom(project):
+    for room in ROOMS:
+        known = imported(ROOT / project / f"{room}.py")
+        assert not known & {*ROOMS, "train", *PROJECTS}, room
+    assert not imported(ROOT / project / "train.py") & set(PROJECTS)
+    for room in ("data", "model"):
+        assert "yaml" not in imported(ROOT / project / f"{room}.py")
+        assert "print(" not in (ROOT / project / f"{room}.py").read_text()
+
+
+@every_project
+def test_run_py_is_the_same_to_the_letter(project):
+    first = (ROOT / PROJECTS[0] / "run.py").read_bytes()
+    assert (ROOT / project / "run.py").read_bytes() == first
+
+
+@every_project
+def test_every_key_has_a_comment_and_a_field(project):
+    lines = (ROOT / project / "config.yaml").read_text().splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    keys = [re.fullmatch(r"(\w+):.*\S.* # \S.*", line) for line in lines]
+    assert all(keys), [line for line, key in zip(lines, keys, strict=True) if not key]
+    tree = ast.parse((ROOT / project / "train.py").read_text())
+    (config,) = [node for node in tree.body if getattr(node, "name", "") == "Config"]
+    fields = [node.target.id for node in config.body if isinstance(node, ast.AnnAssign)]
+    assert [key[1] for key in keys] == fields
+
+
+@every_project
+def test_a_lone_copy_runs_in_an_empty_directory(project, tmp_path):
+    leave = shutil.ignore_patterns("data", "results", "__pycache__")
+    shutil.copytree(ROOT / project, tmp_path / project, ignore=leave)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answer = start(f"{project}/train.py", "--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert answer.returncode == 0, answer.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # seconds
+    for key in read_texts(ROOT / project / "config.yaml", AnyKey()):
+        assert f"--{key} " in answer.stdout
+
+    run = start(f"{project}/train.py", *tiny_flags(project), "--out_dir", "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / run.stdout.splitlines()[-1]
+    report = strict_json(folder / "metrics.json")
+    keys = ["project", "dataset", "device", "seed", "seconds", "versions", "commit"]
+    assert list(report) == [*keys, "headline", "metrics"]
+    assert report["project"] == project
+    assert {"config.yaml", "history.csv", "history.pt"} < {path.name for path in folder.iterdir()}
+    assert list(folder.glob("*.png"))
+    assert not list(folder.glob("*.tmp"))
+
+
+class AnyKey(dict):
+    """Kinds for read_texts that take every key."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> type:
+        return str
+
+
+def strict_json(path: Path) -> dict:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path}: {name} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+# --- the numbers in the READMEs are those of the recorded runs --------------------------------
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line.strip() for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def same_number(text: str, value: float) -> bool:
+    """Whether `text` is `value`, rounded to the digits that `text` shows."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text.replace(",", "")) - value) <= 0.5000001 * 10**-digits
+
+
+@every_project
+def test_the_readme_shows_the_recorded_numbers(project):
+    rows = table_rows((ROOT / project / "README.md").read_text())
+    (header,) = [row for row in rows if row[0] == "headline"]
+    folders = [re.search(r"\((results/reference[\w-]*)/?\)", cell)[1] for cell in header[1:]]
+    recorded = sorted((ROOT / project / "results").glob("reference*"))
+    assert sorted(folders) == [f"results/{path.name}" for path in recorded]
+    for place, folder in enumerate(folders, start=1):
+        headline = strict_json(ROOT / project / folder / "metrics.json")["headline"]
+        shown = {row[0].strip("`"): row[place] for row in rows if row[0].startswith("`")}
+        for name, value in headline.items():
+            assert same_number(shown[name], value), f"{folder}: {name} is {value}"
+
+
+@every_project
+def test_the_front_door_shows_the_recorded_numbers(project):
+    (row,) = [
+        " ".join(row)
+        for row in table_rows((ROOT / "README.md").read_text())
+        if f"({project})" in row[0]
+    ]
+    report = strict_json(ROOT / project / "results/reference/metrics.json")
+    numbers = report["headline"] | {"minutes": report["seconds"] / 60}
+    claims = re.findall(r"`(\w+)` ([\d.]+)", row)
+    assert claims
+    for name, text in claims:
+        assert same_number(text, numbers[name]), f"{name} is {numbers[name]}"
+    assert f"{project}/results/reference/" in row  # a picture
+
+
+@every_project
+def test_what_is_recorded_is_small_and_whole(project):
+    for folder in (ROOT / project / "results").glob("reference*"):
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        assert {"config.yaml", "metrics.json", "history.csv"} <= sizes.keys()
+        assert sum(sizes.values()) < 2**20
+        assert not [name for name in sizes if name.endswith((".pt", ".safetensors"))]
+
+
+# --- mistakes in the settings -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: Literal["auto", "digits"]
+    out_dir: Path
+    device: str
+    seed: int
+    epochs: int
+    lr: float
+    amp: bool
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected more than 0, found {self.epochs}")
+
+
+GOOD = """\
+dataset: auto
+out_dir: runs
+device: cpu
+seed: 1
+epochs: 2
+lr: 1e-3
+amp: true
+widths: [8, 16]
+"""
+
+
+def settings(text: str, folder: Path, *flags: str) -> Settings:
+    (folder / "mine.yaml").write_text(text)
+    argv = ["--config", str(folder / "mine.yaml"), "--out_dir", str(folder / "runs"), *flags]
+    return start_run(Settings, "", argv)[0]
+
+
+def test_settings_come_from_the_file_and_flags_win(tmp_path):
+    config = settings(GOOD, tmp_path, "--widths", "4", "--lr=2e-4")
+    assert (config.lr, config.amp, config.epochs, config.widths) == (2e-4, True, 2, (4,))
+    config = settings(GOOD, tmp_path)
+    assert (config.lr, config.widths) == (1e-3, (8, 16))
+
+
+def one_line(capsys, code: int) -> str:
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert len(errors.splitlines()) == 1, errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "complaint"),
+    [
+        ("epochs:", "epohcs:", "mine.yaml: unknown key 'epohcs', did you mean 'epochs'?"),
+        ("epochs:", "colour:", "mine.yaml: unknown key 'colour'"),
+        ("seed: 1\n", "", "mine.yaml: missing key 'seed'"),
+        ("seed: 1\n", "seed: 1\nseed: 2\n", "mine.yaml: key 'seed' stands twice"),
+        ("epochs: 2", "epochs: many", "mine.yaml: epochs: expected int, found 'many'"),
+        ("epochs: 2", "epochs: 1e-3", "mine.yaml: epochs: expected int, found '1e-3'"),
+        ("epochs: 2", "epochs: 0", "mine.yaml: epochs: expected more than 0, found 0"),
+        ("epochs: 2", "epochs: -3", "mine.yaml: epochs: expected more than 0, found -3"),
+        ("epochs: 2", "epochs: {a: 1}", "mine.yaml: epochs: expected one value or a list"),
+        ("epochs: 2", "epochs: [1, 2]", "mine.yaml: epochs: expected int, found '1,2'"),
+        ("epochs: 2", "epochs:", "mine.yaml: epochs: expected int, found ''"),
+        ("widths: [8, 16]", "widths: [8, x]", "mine.yaml: widths: expected int, found 'x'"),
+        ("lr: 1e-3", "lr: fast", "mine.yaml: lr: expected float, found 'fast'"),
+        ("lr: 1e-3", "lr: .nan", "mine.yaml: lr: expected"),
+        ("lr: 1e-3", "lr: inf", "mine.yaml: lr: expected a finite number, found 'inf'"),
+        ("amp: true", "amp: on", "mine.yaml: amp: expected true | false, found 'on'"),
+        ("dataset: auto", "dataset: cats", "dataset: expected auto | digits, found 'cats'"),
+        ("device: cpu", "device: cuda:99", "device: 'cuda:99' cannot be used here"),
+        ("device: cpu", "device: toaster", "device: expected auto | cpu | cuda | cuda:N"),
+        (GOOD, "", "mine.yaml: expected lines of the form 'key: value'"),
+        (GOOD, "- 1\n- 2\n", "mine.yaml: expected lines of the form 'key: value'"),
+        (GOOD, "{", "mine.yaml: not YAML"),
+        (GOOD, "a: 1\n b: 2\n", "mine.yaml: not YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, capsys, good, bad, complaint):
+    with pytest.raises(SystemExit) as end:
+        settings(GOOD.replace(good, bad), tmp_path)
+    assert complaint in one_line(capsys, end.value.code)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--epochs", "0"], "--epochs: expected more than 0, found 0"),
+        (["--lr", "x"], "--lr: expected float, found 'x'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "only --device may differ"),
+        (["--out_dir", "/dev/null/runs"], "/dev/null"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_in_one_line(tmp_path, capsys, flags, complaint):
+    with pytest.raises(SystemExit) as end:
+        settings(GOOD, tmp_path, *flags)
+    assert complaint in one_line(capsys, end.value.code)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        settings(GOOD, tmp_path, "--device", "cuda")
+    assert "device: 'cuda' cannot be used here" in one_line(capsys, end.value.code)
+
+
+@every_project
+def test_every_project_refuses_a_wrong_setting_in_one_line(project, tmp_path):
+    text = (ROOT / project / "config.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text + "seed: 1\n")
+    answer = start(ROOT / project / "train.py", "--config", "mine.yaml", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stderr == "train.py: error: mine.yaml: key 'seed' stands twice\n"
+    assert os.listdir(tmp_path) == ["mine.yaml"]
+
+
+@every_project
+def test_no_data_set_of_that_name(project, tmp_path):
+    flags = ["--dataset", "no such set", "--out_dir", "out"]
+    answer = start(ROOT / project / "train.py", *flags, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert re.fullmatch(r"train.py: error: --dataset: expected .+\n", answer.stderr)

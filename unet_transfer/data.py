@@ -1,0 +1,506 @@
+"""Images with a class each, fewer with a mask, split so that no test pixel is ever trained on.
+
+pets     Oxford-IIIT Pet (Parkhi et al. 2012): breed, and pet against background
+folder   one's own images/, masks/ and classes.csv
+digits   scenes of scikit-learn's handwritten digits over crops of its two photographs
+"""
+
+import csv
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+IGNORE = 255  # of a mask's pixel: counts in neither loss nor metric
+SPLITS = ("train", "val", "test")
+SHARES = (0.6, 0.2, 0.2)
+PETS_HOST = "https://thor.robots.ox.ac.uk"
+
+
+class DataError(Exception):
+    """Why the data cannot be used, in one line for the person who started the run."""
+
+
+class Examples(NamedTuple):
+    """uint8 images (N, 3, H, W) and their classes (N,) or masks (N, H, W)."""
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device) -> "Examples":
+        return Examples(self.x.to(device), self.y.to(device))
+
+
+class Splits(NamedTuple):
+    train: Examples
+    val: Examples
+    test: Examples
+
+    def to(self, device: torch.device) -> "Splits":
+        return Splits(*(part.to(device) for part in self))
+
+
+class Task(NamedTuple):
+    name: str
+    classes: tuple[str, ...]  # of the images
+    segments: tuple[str, ...]  # of the pixels
+    classification: Splits
+    segmentation: Splits
+    mirror: bool  # whether an image's mirror image has the same class
+    note: str  # what the person who started the run should know
+
+
+def load(
+    *,
+    dataset: str,
+    data_dir: Path,
+    image_size: tuple[int, int],
+    pretrain_size: tuple[int, int],
+    digit_classes: int,
+    crop_count: int,
+    ignore_index: int,
+    mask_count: int,
+    seed: int,
+) -> Task:
+    """The task `dataset`; `auto` is pets, or digits where pets cannot be had.
+
+    Sizes are (height, width) in pixels. For training on digits, `crop_count` crops are composed for
+    classification and `mask_count` scenes for segmentation.
+    Raises DataError if a data set that was asked for by name cannot be had.
+    """
+    common = {"image_size": image_size, "pretrain_size": pretrain_size, "seed": seed}
+    digits = {"digit_classes": digit_classes, "crop_count": crop_count, "mask_count": mask_count}
+    if dataset == "digits":
+        return load_digits(**common, **digits)
+    if dataset == "folder":
+        return load_folder(data_dir, ignore_index=ignore_index, **common)
+    try:
+        return load_pets(data_dir, **common)
+    except DataError as error:
+        if dataset == "pets":
+            raise
+        note = f"{error}; scenes of scikit-learn's digits stand in for it"
+        return load_digits(**common, **digits)._replace(note=note)
+
+
+# --- scenes of digits -------------------------------------------------------------------------
+
+
+def load_digits(
+    *,
+    image_size: tuple[int, int],
+    pretrain_size: tuple[int, int],
+    digit_classes: int,
+    crop_count: int,
+    mask_count: int,
+    seed: int,
+) -> Task:
+    """One digit to classify, one to three to segment, over photographs.
+
+    The digits and the photographs are split before scenes are composed from them.
+    """
+    from sklearn.datasets import load_digits as bundled_digits
+    from sklearn.datasets import load_sample_images
+
+    generator = torch.Generator().manual_seed(seed)
+    bunch = bundled_digits()
+    y = torch.from_numpy(bunch.target)
+    kept = (y < digit_classes).nonzero()[:, 0]
+    kept = kept[torch.randperm(len(kept), generator=generator)]
+    digits = torch.from_numpy(bunch.images).float()[kept, None] / 16
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    digit_parts = [part.tolist() for part in cut(len(kept), SHARES)]
+    column_parts = [part.tolist() for part in cut(photos.shape[3], SHARES)]
+
+    crops, scenes = [], []
+    counts = ((crop_count, mask_count), (1000, 200), (1000, 500))
+    for number, (of_crops, of_scenes) in enumerate(counts):
+        own = digit_parts[number]
+        source = (digits[own], y[kept][own], photos[..., column_parts[number]].float() / 255)
+        generator.manual_seed(3 * seed + number)  # so validation and test do not hang on mask_count
+        x, _, first = compose(*source, of_crops, pretrain_size, grid=1, generator=generator)
+        crops.append(Examples(x, first))
+        x, masks, _ = compose(*source, of_scenes, image_size, grid=2, generator=generator)
+        scenes.append(Examples(x, masks))
+    names = tuple(map(str, range(digit_classes)))
+    segments = ("background", *names)
+    return Task("digits", names, segments, Splits(*crops), Splits(*scenes), False, "data: digits")
+
+
+def compose(
+    digits: Tensor,
+    classes: Tensor,
+    photos: Tensor,
+    count: int,
+    size: tuple[int, int],
+    *,
+    grid: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scenes (count, 3, H, W) uint8, masks (count, H, W) uint8, class of each first digit.
+
+    Each scene has one to three digits in different cells of a grid x grid raster, one at the most
+    if grid is 1: ink of one random colour, laid over a crop of a photograph by opacity. In the
+    mask 0 is background, 1 + class a digit.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    cell = (size[0] / grid, size[1] / grid)
+    scene = crop_photos(photos, count, size, 32 / min(cell), uniform)
+    mask = torch.zeros(count, *size, dtype=torch.uint8)
+    cells = torch.rand(count, grid * grid, generator=generator).argsort(1)
+    number = torch.randint(1, min(3, grid * grid) + 1, (count,), generator=generator)
+    chosen = torch.randint(len(digits), (count, 3), generator=generator)
+    for turn in range(min(3, grid * grid)):
+        corner = torch.stack((cells[:, turn] // grid, cells[:, turn] % grid), 1)
+        jitter = uniform(-0.1, 0.1, count, 2) if grid == 1 else uniform(-0.25, 0.25, count, 2)
+        centre = (corner + 0.5 + jitter) * torch.tensor(cell)
+        side = uniform(0.6, 1.1, count) * min(cell)
+        ink = place(digits[chosen[:, turn]], centre, side, uniform(-0.5, 0.5, count), size)
+        ink = ink * (number > turn)[:, None, None]
+        opacity = ink[:, None] * uniform(0.6, 1.0, count)[:, None, None, None]
+        colour = uniform(0, 1, count, 3)[:, :, None, None]
+        scene = scene * (1 - opacity) + colour * opacity
+        label = (1 + classes[chosen[:, turn]]).to(torch.uint8)[:, None, None]
+        mask = torch.where(ink > 0.5, label, mask)
+    return (scene * 255).round().byte(), mask, classes[chosen[:, 0]]
+
+
+def crop_photos(
+    photos: Tensor, count: int, size: tuple[int, int], zoom: float, uniform: Callable
+) -> Tensor:
+    """Random crops (count, 3, H, W) of photos (P, 3, h, w) at 0.5 to 1.5 times `zoom`, mirrored
+    half of the time, with random brightness and contrast.
+    """
+    height, width = photos.shape[2:]
+    extent = torch.stack((torch.full((count,), float(size[1])), torch.full((count,), size[0])), 1)
+    extent = extent / (uniform(0.5, 1.5, count) * zoom)[:, None]
+    half = (extent / torch.tensor([width, height])).clamp(max=1)  # of a crop, in [-1, 1]
+    centre = uniform(-1, 1, count, 2) * (1 - half)
+    mirrored = half * torch.stack((uniform(-1, 1, count).sign(), torch.ones(count)), 1)
+    theta = torch.cat((torch.diag_embed(mirrored), centre[:, :, None]), 2)
+    which = uniform(0, len(photos), count).long()
+    crops = torch.empty(count, 3, *size)
+    for number, photo in enumerate(photos):
+        mine = which == number
+        if not mine.any():
+            continue
+        points = F.affine_grid(theta[mine], [int(mine.sum()), 3, *size], align_corners=False)
+        long = points.reshape(1, -1, size[1], 2)  # one tall picture: the photo is not repeated
+        tall = F.grid_sample(photo[None], long, align_corners=False, padding_mode="border")
+        crops[mine] = tall[0].view(3, -1, *size).transpose(0, 1)
+    contrast, brightness = uniform(0.6, 1.2, count), uniform(-0.15, 0.15, count)
+    crops = (crops - 0.5) * contrast[:, None, None, None] + 0.5
+    return (crops + brightness[:, None, None, None]).clamp(0, 1)
+
+
+def place(
+    digits: Tensor, centre: Tensor, side: Tensor, angle: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Ink (N, H, W) in [0, 1] of digits (N, 1, 8, 8) of `side` pixels, turned by `angle` radians,
+    at `centre` (N, 2) = (row, column).
+    """
+    height, width = size
+    row, column = centre.T
+    # from the scene's [-1, 1] to pixels around the centre, turned, to the digit's [-1, 1]
+    cos, sin = 2 / side * angle.cos(), 2 / side * angle.sin()
+    right, down = width / 2 - column, height / 2 - row
+    across = (cos * width / 2, -sin * height / 2, cos * right - sin * down)
+    along = (sin * width / 2, cos * height / 2, sin * right + cos * down)
+    theta = torch.stack([torch.stack(part, 1) for part in (across, along)], 1)
+    points = F.affine_grid(theta, [len(digits), 1, height, width], align_corners=False)
+    ink = F.grid_sample(digits, points, align_corners=False)[:, 0]
+    return ((ink - 0.25) / 0.4).clamp(0, 1)
+
+
+def cut(count: int, shares: tuple[float, ...]) -> list[Tensor]:
+    """0 .. count - 1 in as many runs of neighbours as there are shares."""
+    sizes = [round(share * count) for share in shares[:-1]]
+    return list(torch.arange(count).split([*sizes, count - sum(sizes)]))
+
+
+# --- photographs ------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """A photograph of one split, its class (-1: none) and its mask, if it has one."""
+
+    split: str
+    image: Path
+    label: int
+    mask: Path | None
+
+
+def load_pets(
+    data_dir: Path, *, image_size: tuple[int, int], pretrain_size: tuple[int, int], seed: int
+) -> Task:
+    """Breed, and pet against background; the border that the trimaps leave open is ignored.
+
+    The official test set; a fifth of the official trainval set is the validation set.
+    """
+    root = data_dir / "oxford-iiit-pet"
+    if not (root / "annotations" / "test.txt").exists():
+        download_pets(data_dir)
+    items, names = [], {}
+    for part in ("trainval", "test"):
+        lines = (root / "annotations" / f"{part}.txt").read_text().split("\n")
+        lines = [line.split() for line in lines if line.strip()]
+        splits = random_splits(len(lines), {"train": 0.8, "val": 0.2}, seed)
+        for (name, label, *_), split in zip(lines, splits, strict=True):
+            names[int(label) - 1] = name.rsplit("_", 1)[0]
+            mask = root / "annotations" / "trimaps" / f"{name}.png"
+            split = "test" if part == "test" else split
+            items.append(Item(split, root / "images" / f"{name}.jpg", int(label) - 1, mask))
+    trimap = torch.full((256,), IGNORE, dtype=torch.uint8)
+    trimap[1], trimap[2] = 1, 0  # 3 is the border
+    pictures = read(items, data_dir, image_size=image_size, pretrain_size=pretrain_size)
+    classes = tuple(names[label] for label in sorted(names))
+    segments = ("background", "pet")
+    return photograph_task("Oxford-IIIT Pet", classes, segments, items, pictures, trimap)
+
+
+def download_pets(data_dir: Path) -> None:
+    """Fetch, verify and unpack the set through torchvision. Raises DataError if that fails."""
+    from torchvision.datasets import OxfordIIITPet  # imported where it is used: it is slow
+
+    reason = f"Oxford-IIIT Pet is not in {data_dir} and could not be downloaded"
+    if not reachable(PETS_HOST):
+        raise DataError(f"{reason}: {PETS_HOST} does not answer")
+    try:
+        OxfordIIITPet(data_dir, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{reason}: {error}") from error
+
+
+def reachable(url: str, seconds: float = 8.0) -> bool:
+    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
+    answers = []
+
+    def ask() -> None:
+        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    image_size: tuple[int, int],
+    pretrain_size: tuple[int, int],
+    ignore_index: int,
+    seed: int,
+) -> Task:
+    """images/**, masks/** (PNG of class indices, same names), classes.csv (columns file, class).
+
+    Subfolders images/train, images/val, images/test fix the splits, else the seed does. The lines
+    of segments.txt name the indices of the masks. Raises DataError that names the file at fault.
+    """
+    images = sorted(path for path in (folder / "images").rglob("*") if path.is_file())
+    if not images:
+        raise DataError(f"{folder / 'images'}: there are no images")
+    if not (folder / "segments.txt").is_file():
+        raise DataError(f"{folder / 'segments.txt'}: there is no such file; it names the indices")
+    segments = tuple((folder / "segments.txt").read_text().split("\n"))
+    segments = tuple(line.strip() for line in segments if line.strip())
+    names = [path.relative_to(folder / "images").as_posix() for path in images]
+    labels = read_classes(folder / "classes.csv", set(names))
+    classes = tuple(sorted(set(labels.values())))
+    splits = [name.split("/")[0] for name in names]
+    if not set(splits) <= set(SPLITS):
+        splits = random_splits(len(names), dict(zip(SPLITS, SHARES, strict=True)), seed)
+    items = []
+    for name, image, split in zip(names, images, splits, strict=True):
+        label = classes.index(labels[name]) if name in labels else -1
+        mask = (folder / "masks" / name).with_suffix(".png")
+        items.append(Item(split, image, label, mask if mask.is_file() else None))
+    values = torch.arange(256, dtype=torch.uint8)
+    values[ignore_index] = IGNORE
+    pictures = read(items, folder, image_size=image_size, pretrain_size=pretrain_size)
+    return photograph_task(folder.resolve().name, classes, segments, items, pictures, values)
+
+
+def read_classes(path: Path, known: set[str]) -> dict[str, str]:
+    """Class by file, from a csv whose columns are `file`, relative to images/, and `class`."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; expected the columns file,class")
+    with path.open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if not {"file", "class"} <= set(table.fieldnames or ()):
+            raise DataError(f"{path}: expected the columns file,class")
+        labels = {row["file"]: row["class"] for row in table}
+    if lost := sorted(labels.keys() - known):
+        raise DataError(f"{path}: images/{lost[0]} is not there")
+    return labels
+
+
+def random_splits(count: int, shares: dict[str, float], seed: int) -> list[str]:
+    """The split of each of `count` items, drawn by `seed` in the given shares."""
+    splits = [""] * count
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    for split, part in zip(shares, cut(count, tuple(shares.values())), strict=True):
+        for place in part:
+            splits[order[place]] = split
+    return splits
+
+
+class Pictures(NamedTuple):
+    """uint8, decoded: images (N, 3, h, w) to classify, images (N, 3, H, W) to segment and their
+    masks (N, H, W) of the file's own values. `index` is the item of each; `bad` names the unread.
+    """
+
+    small_index: list[int]
+    small: Tensor
+    large_index: list[int]
+    large: Tensor
+    masks: Tensor
+    bad: list[str]
+
+
+def read(
+    items: list[Item], cache: Path, *, image_size: tuple[int, int], pretrain_size: tuple[int, int]
+) -> Pictures:
+    """All photographs, each decoded and resized once; kept in a file of the folder `cache`."""
+    files = [(str(item.image), item.image.stat().st_mtime, item.label, item.mask) for item in items]
+    key = hashlib.sha256(repr((files, image_size, pretrain_size)).encode()).hexdigest()[:12]
+    path = cache / f"decoded-{key}.pt"
+    if path.exists():
+        return Pictures(**torch.load(path, weights_only=True))
+    pictures = decode(items, image_size, pretrain_size)
+    with suppress(OSError):  # a folder that may only be read is decoded again next time
+        torch.save(pictures._asdict(), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return pictures
+
+
+def decode(
+    items: list[Item], image_size: tuple[int, int], pretrain_size: tuple[int, int]
+) -> Pictures:
+    """Images bilinear with antialiasing, masks nearest neighbour; unreadable files are left out."""
+    small_index, small, large_index, large, masks, bad = [], [], [], [], [], []
+    for index, item in enumerate(tqdm(items, "decoding", leave=False, disable=None)):
+        try:
+            with Image.open(item.image) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+            mask = None
+            if item.mask:
+                with Image.open(item.mask) as file:
+                    mask = file.copy()
+        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
+            bad.append(f"{item.image.name} ({error})")
+            continue
+        if mask is not None:
+            if mask.size != image.size or mask.mode not in ("L", "P", "1"):
+                raise DataError(
+                    f"{item.mask}: expected class indices in one channel, {image.size} as its "
+                    f"image, found mode {mask.mode}, {mask.size}"
+                )
+            large_index.append(index)
+            large.append(np.asarray(image.resize(image_size[::-1], Image.Resampling.BILINEAR)))
+            masks.append(np.asarray(mask.resize(image_size[::-1], Image.Resampling.NEAREST)))
+        if item.label >= 0:
+            small_index.append(index)
+            small.append(np.asarray(image.resize(pretrain_size[::-1], Image.Resampling.BILINEAR)))
+    if not (small and large):
+        raise DataError(f"{items[0].image.parent}: no images with a mask, or none with a class")
+    small, large = (torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in (small, large))
+    masks = torch.from_numpy(np.stack(masks).astype(np.uint8))
+    return Pictures(small_index, small.contiguous(), large_index, large.contiguous(), masks, bad)
+
+
+def photograph_task(
+    name: str,
+    classes: tuple[str, ...],
+    segments: tuple[str, ...],
+    items: list[Item],
+    pictures: Pictures,
+    values: Tensor,
+) -> Task:
+    """The task of decoded pictures; `values` (256,) is the segment that a mask's value stands for.
+
+    A photograph's mirror image is taken to be of the same class.
+    """
+    masks = values[pictures.masks.long()]
+    wrong = (masks >= len(segments)) & (masks != IGNORE)
+    if wrong.any():
+        place = int(wrong.flatten(1).any(1).nonzero()[0])
+        file = items[pictures.large_index[place]].mask
+        raise DataError(
+            f"{file}: index {int(pictures.masks[place][wrong[place]][0])} stands in the mask, "
+            f"but there are {len(segments)} segments"
+        )
+    labels = torch.tensor([items[index].label for index in pictures.small_index])
+    small, large = [], []
+    for split in SPLITS:
+        for parts, index, x, y in (
+            (small, pictures.small_index, pictures.small, labels),
+            (large, pictures.large_index, pictures.large, masks),
+        ):
+            chosen = [place for place, item in enumerate(index) if items[item].split == split]
+            if not chosen:
+                kind = "mask" if y is masks else "class"
+                raise DataError(f"{name}: no image of the split '{split}' has a {kind}")
+            parts.append(Examples(x[chosen], y[chosen]))
+    note = f"data: {name}"
+    if pictures.bad:
+        note += f"; {len(pictures.bad)} unreadable files left out, the first: {pictures.bad[0]}"
+    return Task(name, classes, segments, Splits(*small), Splits(*large), True, note)
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def training_batches(
+    examples: Examples, batch_size: int, steps: int, *, mirror: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented float images (B, 3, H, W) in [0, 1] and targets; all occur once, then again."""
+    count = len(examples.x)
+    rounds = math.ceil(steps * batch_size / count)
+    order = torch.cat([torch.randperm(count) for _ in range(rounds)])[: steps * batch_size]
+    for chosen in order.to(examples.x.device).split(batch_size):
+        yield augment(examples.x[chosen].float() / 255, examples.y[chosen].long(), mirror=mirror)
+
+
+def batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float images (B, 3, H, W) in [0, 1] and targets, in order."""
+    for x, y in zip(examples.x.split(batch_size), examples.y.split(batch_size), strict=True):
+        yield x.float() / 255, y.long()
+
+
+def augment(x: Tensor, y: Tensor, *, mirror: bool) -> tuple[Tensor, Tensor]:
+    """Random shift by up to an eighth (the border is repeated), brightness, contrast, mirroring.
+
+    A target (N, H, W) moves with its image, a class (N,) stays.
+    """
+    count, _, *size = x.shape
+    where = []
+    for length in size:
+        shift = torch.randint(-(length // 8), length // 8 + 1, (count, 1), device=x.device)
+        position = torch.arange(length, device=x.device) + shift
+        where.append(position.clamp(0, length - 1))
+    rows, columns = where[0][:, :, None], where[1][:, None, :]
+    if mirror:
+        turned = torch.rand(count, 1, 1, device=x.device) < 0.5
+        columns = torch.where(turned, size[1] - 1 - columns, columns)
+    number = torch.arange(count, device=x.device)[:, None, None]
+    x = x.permute(0, 2, 3, 1)[number, rows, columns].permute(0, 3, 1, 2)  # stays channels_last
+    y = y[number, rows, columns] if y.dim() == 3 else y
+    contrast = 1 + 0.3 * (2 * torch.rand(count, 1, 1, 1, device=x.device) - 1)
+    brightness = 0.2 * (2 * torch.rand(count, 1, 1, 1, device=x.device) - 1)
+    return ((x - 0.5) * contrast + 0.5 + brightness).clamp(0, 1), y

@@ -1,0 +1,127 @@
+"""The pictures of a run: each function turns arrays into one PNG."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from torch import Tensor
+
+TRAIN, VALIDATION, BASELINE = "tab:blue", "tab:orange", "tab:gray"
+STAGES = {"pretrain": "pretraining", "stage1": "stage 1", "transfer": "stage 2"}
+
+
+def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path: Path) -> None:
+    """Loss and mIoU over the compute spent, the stages one after another, scratch beside them.
+
+    `history` holds the rows of each stage, `compute` its cost, in epochs of stage 2.
+    """
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
+    start, boundaries = 0.0, []
+    for stage, name in STAGES.items():
+        rows, cost = history[stage], compute[stage]
+        spent = [start + cost * row["epoch"] / len(rows) for row in rows]
+        label = stage == "transfer"  # one entry in the legend for all stages
+        text = "pretrained, train" if label else None
+        top.plot(spent, column(rows, "train_loss"), color=TRAIN, label=text)
+        for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
+            if key in rows[0]:
+                text = "pretrained, validation" if label else None
+                axes.plot(spent, column(rows, key), color=VALIDATION, marker=".", label=text)
+        boundaries.append((start, start + cost, name))
+        start += cost
+    for stage, style in (("scratch", "-"), ("scratch_equal_steps", ":")):
+        rows = history[stage]
+        spent = [compute[stage] * row["epoch"] / len(rows) for row in rows]
+        kind = "equal compute" if stage == "scratch" else "equal steps"
+        for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
+            text = f"from scratch, {kind}, validation"
+            axes.plot(spent, column(rows, key), style, color=BASELINE, label=text)
+    for begin, end, name in boundaries:
+        bottom.annotate(
+            name,
+            ((begin + end) / 2, 1.0),
+            ha="center",
+            va="bottom",
+            xycoords=("data", "axes fraction"),
+        )
+        for axes in (top, bottom):
+            axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
+    top.set(ylabel="loss: cross-entropy (nats),\nfrom stage 1 on plus Dice", title=title)
+    bottom.set(ylabel="validation mIoU", xlabel="training compute (epochs of stage 2)")
+    bottom.set_ylim(0, 1)
+    handles, labels = top.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def column(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows]
+
+
+def plot_examples(
+    x: Tensor,
+    y: Tensor,
+    masks: dict[str, Tensor],
+    segments: tuple[str, ...],
+    title: str,
+    path: Path,
+) -> None:
+    """Images (N, 3, H, W), their masks (N, H, W), and the masks (N, H, W) of each method."""
+    names = {"scratch": "scratch", "stage1": "after stage 1", "transfer": "after stage 2"}
+    columns = {"image": x.permute(0, 2, 3, 1), "truth": y}
+    columns |= {names[method]: mask for method, mask in masks.items()}
+    colors = ["#222222", *plt.get_cmap("tab20").colors][: len(segments)]
+    figure, panels = plt.subplots(
+        len(x), len(columns), figsize=(8, 1.5 * len(x) + 1), layout="constrained"
+    )
+    figure.suptitle(f"Test images: {title}", fontsize=11)
+    for row, line in enumerate(panels):
+        for panel, (name, pictures) in zip(line, columns.items(), strict=True):
+            shown = pictures[row].cpu().numpy()
+            if shown.ndim == 2:
+                options = {"vmin": -0.5, "vmax": len(segments) - 0.5, "interpolation": "nearest"}
+                cmap = ListedColormap(colors)
+                cmap.set_over("white")  # pixels that do not count
+                panel.imshow(shown, cmap=cmap, **options)
+            else:
+                panel.imshow(shown)
+            panel.axis("off")
+            if row == 0:
+                panel.set_title(name, fontsize=10)
+    handles = [Patch(color=color, label=name) for color, name in zip(colors, segments, strict=True)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
+    """Test mIoU against the number of masks: mean of the seeds, standard deviation as a band."""
+    styles = {
+        "transfer": ("pretrained, both stages", "tab:green", "-"),
+        "scratch": ("from scratch, equal compute", BASELINE, "-"),
+        "scratch_equal_steps": ("from scratch, equal steps", BASELINE, ":"),
+    }
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method, (label, color, style) in styles.items():
+        counts = [int(count) for count in efficiency[method]]
+        means = [point["mean"] for point in efficiency[method].values()]
+        spreads = [point["sd"] for point in efficiency[method].values()]
+        axes.plot(counts, means, style, color=color, marker="o", label=label)
+        low = [value - spread for value, spread in zip(means, spreads, strict=True)]
+        high = [value + spread for value, spread in zip(means, spreads, strict=True)]
+        axes.fill_between(counts, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="masks to train on", ylabel="test mIoU", ylim=(0, 1))
+    axes.set_title(f"What a pretrained down part is worth: {dataset}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
