@@ -1,0 +1,157 @@
+"""The pictures of a run: each function turns arrays into one PNG."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+COLORS = {"probability": "tab:gray", "logits": "tab:purple", "fast": "tab:green"}
+NAMES = {"probability": "probability (c = 1)", "logits": "logits (search over c)", "fast": "fast"}
+
+
+def plot_example(
+    x: Tensor,
+    adversarial: dict[str, Tensor],
+    probs: dict[str, Tensor],
+    notes: dict[str, dict],
+    classes: list[str],
+    title: str,
+    path: Path,
+) -> None:
+    """A picture (3, H, W), what each attack made of it, top-5 probabilities, and differences.
+
+    `probs` holds (classes,) of "original" and of each attack, `notes` their rows of metrics.json.
+    """
+    count = 1 + len(adversarial)
+    figure, panels = plt.subplots(
+        3, count, figsize=(2.2 * count, 6), height_ratios=(4, 2.2, 4), layout="constrained"
+    )
+    largest = max(float((other - x).abs().max()) for other in adversarial.values())
+    scale = max(1, int(0.5 / max(largest, 1 / 255)))
+    pictures = {"original": x} | adversarial
+    for column, (name, picture) in zip(panels.T, pictures.items(), strict=True):
+        color = COLORS.get(name, "black")
+        column[0].imshow(picture.permute(1, 2, 0).cpu())
+        column[0].set_title(name, fontsize=11, color=color)
+        plot_bars(column[1], probs[name].cpu(), classes, color)
+        column[2].axis("off")
+        if name == "original":
+            text = f"difference x {scale},\n0 is grey" if scale > 1 else "difference,\n0 is grey"
+            column[2].text(0.5, 0.5, text, ha="center", va="center", fontsize=10)
+        else:
+            shown = (0.5 + scale * (picture - x)).clamp(0, 1)
+            column[2].imshow(shown.permute(1, 2, 0).cpu())
+            how = "" if notes[name]["png_success"] else "failed, closest try\n"
+            numbers = f"L2 {notes[name]['l2']:.3f}, margin {notes[name]['margin']:.3f}"
+            column[2].set_title(how + numbers, fontsize=9)
+        column[0].axis("off")
+    figure.suptitle(f"What the network sees in the saved PNG: {title}", fontsize=12)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_bars(axes: plt.Axes, probs: Tensor, classes: list[str], color: str) -> None:
+    """The five largest probabilities."""
+    values, places = probs.topk(min(5, len(probs)))
+    axes.barh(range(len(values)), values, color=color, alpha=0.6)
+    for height, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+        axes.text(0.03, height, f"{classes[place]}   {value:.3f}", va="center", fontsize=8)
+    axes.set(xlim=(0, 1), yticks=[], ylim=(len(values) - 0.4, -0.6))
+    axes.set_xlabel("probability", fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def plot_search(traces: dict[str, Tensor], title: str, path: Path) -> None:
+    """Criterion, margin and L2 of one picture by query, from traces (queries, 4)."""
+    figure, panels = plt.subplots(3, sharex=True, figsize=(8, 6.5), layout="constrained")
+    for name, trace in traces.items():
+        lines = trace.cpu()[~trace[:, 0].isnan().cpu()].T
+        queries = np.arange(1, lines.shape[1] + 1)
+        unit = "probabilities" if name == "probability" else "logits"
+        for panel, values in zip(panels, lines[:3], strict=True):
+            panel.plot(queries, values, color=COLORS[name], linewidth=0.9, alpha=0.6)
+        panels[0].plot([], [], color=COLORS[name], label=f"{NAMES[name]}, of {unit}")
+        panels[2].plot(queries, lines[3], color=COLORS[name], linewidth=2.5, label=f"best, {name}")
+    panels[0].set(
+        ylabel="criterion f", title=f"Criterion, margin and distance of one picture: {title}"
+    )
+    panels[0].legend(fontsize=8)
+    panels[1].set(ylabel="margin of the target")
+    panels[1].axhline(0, color="black", linewidth=0.8)
+    panels[2].set(ylabel="L2 distance\n(pixels in [0, 1])", xscale="log")
+    panels[2].set(xlabel="query (one forward and one backward pass)", ylim=(0, None))
+    panels[2].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_queries(traces: dict[str, Tensor], title: str, path: Path) -> None:
+    """Success rate and median best L2 by query, from traces (queries, 4, N).
+
+    A failure counts as infinitely far, so there is no median before half of the pictures succeeded.
+    """
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
+    for name, trace in traces.items():
+        best = torch.where(trace[:, 3].isnan(), torch.inf, trace[:, 3]).cummin(0).values.cpu()
+        queries = np.arange(1, len(best) + 1)
+        options = {"color": COLORS[name], "label": NAMES[name], "linewidth": 2}
+        top.plot(queries, best.isfinite().float().mean(1), **options)
+        middle = best.median(1).values
+        bottom.plot(queries, torch.where(middle.isinf(), torch.nan, middle), **options)
+    top.set(ylabel="share of pictures with success", ylim=(-0.03, 1.03))
+    top.set_title(f"What a query buys: {title}")
+    bottom.set(ylabel="median L2, failures infinite\n(pixels in [0, 1])", xscale="log")
+    bottom.set_xlabel("queries per picture (each one forward and one backward pass)")
+    top.legend(fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_matrix(
+    x: Tensor,
+    png: Tensor,
+    pairs: list[tuple[int, int]],
+    l2: list[float | None],
+    classes: list[str],
+    title: str,
+    path: Path,
+) -> None:
+    """Adversarial pictures (N, 3, H, W) and their mean L2 by source (row) and target (column).
+
+    On the diagonal of the pictures stands an original; None is the distance of a failure.
+    """
+    count, side = len(classes), x.shape[-1]
+    mosaic = np.ones((count * side, count * side, 3))
+    cells = [[[] for _ in classes] for _ in classes]
+    for picture, other, (source, target), value in zip(x.cpu(), png.cpu(), pairs, l2, strict=True):
+        for column, shown in ((source, picture), (target, other)):
+            rows = slice(source * side, (source + 1) * side)
+            mosaic[rows, column * side : (column + 1) * side] = shown.permute(1, 2, 0)
+        cells[source][target] += [] if value is None else [value]
+    means = np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in cells])
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+    left.imshow(mosaic, extent=(-0.5, count - 0.5, count - 0.5, -0.5), interpolation="nearest")
+    left.set_title("the PNGs, originals on the diagonal", fontsize=10)
+    image = right.imshow(means, cmap="viridis")
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2 if np.isfinite(means).any() else 0
+    for row, column in zip(*np.nonzero(np.isfinite(means)), strict=True):
+        color = "white" if means[row, column] < middle else "black"
+        text = f"{means[row, column]:.2f}"
+        right.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    known = [value for value in l2 if value is not None]
+    note = f"mean {np.mean(known):.3f}" if known else "no success"
+    right.set_title(f"L2 distance, {note}", fontsize=10)
+    figure.colorbar(image, ax=right, shrink=0.8, label="L2 (pixels in [0, 1])")
+    for axes in (left, right):
+        axes.set_xticks(range(count), classes)
+        axes.set_yticks(range(count), classes)
+        axes.set(xlabel="target class", ylabel="source class")
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
