@@ -27,12 +27,12 @@ from unet_transfer.model import (
 
 TRAIN = Path(__file__).parent.parent / "unet_transfer" / "train.py"
 TINY = [
-    *("--dataset", "digits", "--device", "cpu", "--widths", "4,8", "--mask_count", "8"),
-    *("--image_size", "32,32", "--pretrain_size", "16,16", "--crop_count", "60"),
-    *("--pretrain_batch_size", "16", "--pretrain_epochs", "2", "--batch_size", "16"),
-    *("--epoch_steps", "2", "--stage1_epochs", "2", "--stage2_epochs", "2"),
-]
-SIZES = {"image_size": (32, 32), "pretrain_size": (16, 16)}
+    "--dataset", "digits", "--device", "cpu", "--widths", "4,8", "--mask_count", "8",
+    "--image_size", "32,32", "--pretrain_size", "16,16", "--crop_count", "60",
+    "--pretrain_batch_size", "16", "--pretrain_epochs", "2", "--batch_size", "16",
+    "--epoch_steps", "2", "--stage1_epochs", "2", "--stage2_epochs", "2",
+]  # fmt: skip
+SIZES = data.Sizes(image=(32, 32), crop=(16, 16))
 
 
 def small_unet() -> UNet:
@@ -160,9 +160,8 @@ def test_metrics_are_scikit_learns_over_all_pixels():
 
 
 def digits(**changes: int) -> data.Task:
-    return data.load_digits(
-        **SIZES, **{"digit_classes": 5, "crop_count": 60, "mask_count": 8, "seed": 0} | changes
-    )
+    options = {"digit_classes": 5, "crop_count": 60, "mask_count": 8, "seed": 0} | changes
+    return data.load_digits(SIZES, **options)
 
 
 def test_no_pixel_of_a_test_scene_occurs_in_a_training_scene(monkeypatch):
@@ -260,7 +259,7 @@ def write_folder(folder: Path, count: int = 20) -> Path:
 
 
 def load_folder(folder: Path) -> data.Task:
-    return data.load_folder(folder, **SIZES, ignore_index=9, seed=0)
+    return data.load_folder(folder, SIZES, seed=0, ignore_index=9)
 
 
 def test_masks_are_resized_to_the_nearest_pixel(tmp_path):
@@ -286,13 +285,9 @@ def test_the_second_start_reads_what_the_first_decoded(tmp_path, monkeypatch):
 
 
 def test_pretraining_never_sees_a_segmentation_test_image(tmp_path):
-    task = data.load_folder(
-        write_folder(tmp_path / "mine"),
-        image_size=(18, 24),
-        pretrain_size=(18, 24),
-        ignore_index=9,
-        seed=0,
-    )
+    folder = write_folder(tmp_path / "mine")
+    whole = data.Sizes(image=(18, 24), crop=(18, 24))
+    task = data.load_folder(folder, whole, seed=0, ignore_index=9)
     seen = [{image.numpy().tobytes() for image in part.x} for part in task.classification[:2]]
     tested = {image.numpy().tobytes() for image in task.segmentation.test.x}
     assert len(tested) == 4 and not tested & (seen[0] | seen[1])
@@ -314,7 +309,7 @@ def write_pets(data_dir: Path) -> None:
 
 def test_pets_are_read_as_published(tmp_path):
     write_pets(tmp_path)
-    task = data.load_pets(tmp_path, **SIZES, seed=0)
+    task = data.load_pets(tmp_path, SIZES, seed=0)
     assert (task.classes, task.segments) == (("Big_Cat", "dog"), ("background", "pet"))
     assert [len(part.x) for part in task.segmentation] == [8, 2, 10]
     columns = task.segmentation.test.y[0, 0].tolist()
@@ -330,10 +325,10 @@ def test_without_a_network_digits_stand_in_and_say_so(tmp_path, monkeypatch):
         "ignore_index": 255,
         "mask_count": 5,
     }
-    task = data.load(dataset="auto", **options, **SIZES, seed=0)
+    task = data.load(dataset="auto", **options, sizes=SIZES, seed=0)
     assert task.name == "digits" and "stand in for it" in task.note
     with pytest.raises(data.DataError, match="Oxford-IIIT Pet is not in"):
-        data.load(dataset="pets", **options, **SIZES, seed=0)
+        data.load(dataset="pets", **options, sizes=SIZES, seed=0)
 
 
 def test_a_host_that_does_not_answer_costs_no_more_than_the_time_allowed(monkeypatch):
@@ -358,7 +353,10 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
         (lambda f: spoil_mask(f, np.zeros((5, 5), np.uint8)), "03.png: expected class indices"),
         (lambda f: spoil_mask(f, np.zeros((18, 24, 3), np.uint8)), "03.png: expected class"),
         (lambda f: (f / "images").rename(f / "pictures"), "images: there are no images"),
-        (lambda f: [p.unlink() for p in (f / "masks").iterdir()], "no images with a mask"),
+        (
+            lambda f: [p.unlink() for p in (f / "masks").iterdir()],
+            "no image of the split 'train' has a mask",
+        ),
     ],
 )
 def test_bad_data_is_named(tmp_path, spoil, complaint):

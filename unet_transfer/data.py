@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 IGNORE = 255  # of a mask's pixel: counts in neither loss nor metric
+NEAREST = Image.Resampling.NEAREST
 SPLITS = ("train", "val", "test")
 SHARES = (0.6, 0.2, 0.2)
 PETS_HOST = "https://thor.robots.ox.ac.uk"
@@ -30,6 +31,13 @@ PETS_HOST = "https://thor.robots.ox.ac.uk"
 
 class DataError(Exception):
     """Why the data cannot be used, in one line for the person who started the run."""
+
+
+class Sizes(NamedTuple):
+    """Height and width in pixels."""
+
+    image: tuple[int, int]  # to segment
+    crop: tuple[int, int]  # to classify
 
 
 class Examples(NamedTuple):
@@ -65,8 +73,7 @@ def load(
     *,
     dataset: str,
     data_dir: Path,
-    image_size: tuple[int, int],
-    pretrain_size: tuple[int, int],
+    sizes: Sizes,
     digit_classes: int,
     crop_count: int,
     ignore_index: int,
@@ -75,36 +82,28 @@ def load(
 ) -> Task:
     """The task `dataset`; `auto` is pets, or digits where pets cannot be had.
 
-    Sizes are (height, width) in pixels. For training on digits, `crop_count` crops are composed for
-    classification and `mask_count` scenes for segmentation.
-    Raises DataError if a data set that was asked for by name cannot be had.
+    For training on digits, `crop_count` crops are composed for classification and `mask_count`
+    scenes for segmentation. Raises DataError if a data set asked for by name cannot be had.
     """
-    common = {"image_size": image_size, "pretrain_size": pretrain_size, "seed": seed}
     digits = {"digit_classes": digit_classes, "crop_count": crop_count, "mask_count": mask_count}
     if dataset == "digits":
-        return load_digits(**common, **digits)
+        return load_digits(sizes, seed, **digits)
     if dataset == "folder":
-        return load_folder(data_dir, ignore_index=ignore_index, **common)
+        return load_folder(data_dir, sizes, seed, ignore_index)
     try:
-        return load_pets(data_dir, **common)
+        return load_pets(data_dir, sizes, seed)
     except DataError as error:
         if dataset == "pets":
             raise
         note = f"{error}; scenes of scikit-learn's digits stand in for it"
-        return load_digits(**common, **digits)._replace(note=note)
+        return load_digits(sizes, seed, **digits)._replace(note=note)
 
 
 # --- scenes of digits -------------------------------------------------------------------------
 
 
 def load_digits(
-    *,
-    image_size: tuple[int, int],
-    pretrain_size: tuple[int, int],
-    digit_classes: int,
-    crop_count: int,
-    mask_count: int,
-    seed: int,
+    sizes: Sizes, seed: int, *, digit_classes: int, crop_count: int, mask_count: int
 ) -> Task:
     """One digit to classify, one to three to segment, over photographs.
 
@@ -129,9 +128,9 @@ def load_digits(
         own = digit_parts[number]
         source = (digits[own], y[kept][own], photos[..., column_parts[number]].float() / 255)
         generator.manual_seed(3 * seed + number)  # so validation and test do not hang on mask_count
-        x, _, first = compose(*source, of_crops, pretrain_size, grid=1, generator=generator)
+        x, _, first = compose(*source, of_crops, sizes.crop, grid=1, generator=generator)
         crops.append(Examples(x, first))
-        x, masks, _ = compose(*source, of_scenes, image_size, grid=2, generator=generator)
+        x, masks, _ = compose(*source, of_scenes, sizes.image, grid=2, generator=generator)
         scenes.append(Examples(x, masks))
     names = tuple(map(str, range(digit_classes)))
     segments = ("background", *names)
@@ -236,17 +235,14 @@ def cut(count: int, shares: tuple[float, ...]) -> list[Tensor]:
 
 
 class Item(NamedTuple):
-    """A photograph of one split, its class (-1: none) and its mask, if it has one."""
+    """A photograph, its class (-1: none) and its mask, if it has one."""
 
-    split: str
     image: Path
     label: int
     mask: Path | None
 
 
-def load_pets(
-    data_dir: Path, *, image_size: tuple[int, int], pretrain_size: tuple[int, int], seed: int
-) -> Task:
+def load_pets(data_dir: Path, sizes: Sizes, seed: int) -> Task:
     """Breed, and pet against background; the border that the trimaps leave open is ignored.
 
     The official test set; a fifth of the official trainval set is the validation set.
@@ -254,22 +250,27 @@ def load_pets(
     root = data_dir / "oxford-iiit-pet"
     if not (root / "annotations" / "test.txt").exists():
         download_pets(data_dir)
-    items, names = [], {}
+    parts, names = {}, {}
     for part in ("trainval", "test"):
-        lines = (root / "annotations" / f"{part}.txt").read_text().split("\n")
-        lines = [line.split() for line in lines if line.strip()]
-        splits = random_splits(len(lines), {"train": 0.8, "val": 0.2}, seed)
-        for (name, label, *_), split in zip(lines, splits, strict=True):
+        lines = (root / "annotations" / f"{part}.txt").read_text().splitlines()
+        parts[part] = []
+        for name, label, *_ in (line.split() for line in lines if line.strip()):
             names[int(label) - 1] = name.rsplit("_", 1)[0]
             mask = root / "annotations" / "trimaps" / f"{name}.png"
-            split = "test" if part == "test" else split
-            items.append(Item(split, root / "images" / f"{name}.jpg", int(label) - 1, mask))
-    trimap = torch.full((256,), IGNORE, dtype=torch.uint8)
-    trimap[1], trimap[2] = 1, 0  # 3 is the border
-    pictures = read(items, data_dir, image_size=image_size, pretrain_size=pretrain_size)
-    classes = tuple(names[label] for label in sorted(names))
-    segments = ("background", "pet")
-    return photograph_task("Oxford-IIIT Pet", classes, segments, items, pictures, trimap)
+            item = Item(root / "images" / f"{name}.jpg", int(label) - 1, mask)
+            parts[part].append(item)
+    train, val = shuffled(parts["trainval"], (0.8, 0.2), seed)
+    values = torch.full((256,), IGNORE, dtype=torch.uint8)
+    values[1], values[2] = 1, 0  # 3 is the border
+    return photograph_task(
+        "Oxford-IIIT Pet",
+        tuple(names[label] for label in sorted(names)),
+        ("background", "pet"),
+        {"train": train, "val": val, "test": parts["test"]},
+        values,
+        sizes,
+        cache=data_dir,
+    )
 
 
 def download_pets(data_dir: Path) -> None:
@@ -299,41 +300,36 @@ def reachable(url: str, seconds: float = 8.0) -> bool:
     return bool(answers)
 
 
-def load_folder(
-    folder: Path,
-    *,
-    image_size: tuple[int, int],
-    pretrain_size: tuple[int, int],
-    ignore_index: int,
-    seed: int,
-) -> Task:
+def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Task:
     """images/**, masks/** (PNG of class indices, same names), classes.csv (columns file, class).
 
     Subfolders images/train, images/val, images/test fix the splits, else the seed does. The lines
     of segments.txt name the indices of the masks. Raises DataError that names the file at fault.
     """
-    images = sorted(path for path in (folder / "images").rglob("*") if path.is_file())
-    if not images:
+    paths = sorted(path for path in (folder / "images").rglob("*") if path.is_file())
+    if not paths:
         raise DataError(f"{folder / 'images'}: there are no images")
     if not (folder / "segments.txt").is_file():
         raise DataError(f"{folder / 'segments.txt'}: there is no such file; it names the indices")
-    segments = tuple((folder / "segments.txt").read_text().split("\n"))
-    segments = tuple(line.strip() for line in segments if line.strip())
-    names = [path.relative_to(folder / "images").as_posix() for path in images]
-    labels = read_classes(folder / "classes.csv", set(names))
+    lines = (folder / "segments.txt").read_text().splitlines()
+    segments = tuple(line.strip() for line in lines if line.strip())
+    images = {path.relative_to(folder / "images").as_posix(): path for path in paths}
+    labels = read_classes(folder / "classes.csv", set(images))
     classes = tuple(sorted(set(labels.values())))
-    splits = [name.split("/")[0] for name in names]
-    if not set(splits) <= set(SPLITS):
-        splits = random_splits(len(names), dict(zip(SPLITS, SHARES, strict=True)), seed)
-    items = []
-    for name, image, split in zip(names, images, splits, strict=True):
+    items = {}
+    for name, path in images.items():
         label = classes.index(labels[name]) if name in labels else -1
         mask = (folder / "masks" / name).with_suffix(".png")
-        items.append(Item(split, image, label, mask if mask.is_file() else None))
+        items[name] = Item(path, label, mask if mask.is_file() else None)
+    if {name.split("/")[0] for name in items} <= set(SPLITS):
+        parts = [[items[name] for name in items if name.startswith(f"{s}/")] for s in SPLITS]
+    else:
+        parts = shuffled(list(items.values()), SHARES, seed)
     values = torch.arange(256, dtype=torch.uint8)
     values[ignore_index] = IGNORE
-    pictures = read(items, folder, image_size=image_size, pretrain_size=pretrain_size)
-    return photograph_task(folder.resolve().name, classes, segments, items, pictures, values)
+    splits = dict(zip(SPLITS, parts, strict=True))
+    name = folder.resolve().name
+    return photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
 
 
 def read_classes(path: Path, known: set[str]) -> dict[str, str]:
@@ -350,117 +346,98 @@ def read_classes(path: Path, known: set[str]) -> dict[str, str]:
     return labels
 
 
-def random_splits(count: int, shares: dict[str, float], seed: int) -> list[str]:
-    """The split of each of `count` items, drawn by `seed` in the given shares."""
-    splits = [""] * count
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    for split, part in zip(shares, cut(count, tuple(shares.values())), strict=True):
-        for place in part:
-            splits[order[place]] = split
-    return splits
-
-
-class Pictures(NamedTuple):
-    """uint8, decoded: images (N, 3, h, w) to classify, images (N, 3, H, W) to segment and their
-    masks (N, H, W) of the file's own values. `index` is the item of each; `bad` names the unread.
-    """
-
-    small_index: list[int]
-    small: Tensor
-    large_index: list[int]
-    large: Tensor
-    masks: Tensor
-    bad: list[str]
-
-
-def read(
-    items: list[Item], cache: Path, *, image_size: tuple[int, int], pretrain_size: tuple[int, int]
-) -> Pictures:
-    """All photographs, each decoded and resized once; kept in a file of the folder `cache`."""
-    files = [(str(item.image), item.image.stat().st_mtime, item.label, item.mask) for item in items]
-    key = hashlib.sha256(repr((files, image_size, pretrain_size)).encode()).hexdigest()[:12]
-    path = cache / f"decoded-{key}.pt"
-    if path.exists():
-        return Pictures(**torch.load(path, weights_only=True))
-    pictures = decode(items, image_size, pretrain_size)
-    with suppress(OSError):  # a folder that may only be read is decoded again next time
-        torch.save(pictures._asdict(), path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    return pictures
-
-
-def decode(
-    items: list[Item], image_size: tuple[int, int], pretrain_size: tuple[int, int]
-) -> Pictures:
-    """Images bilinear with antialiasing, masks nearest neighbour; unreadable files are left out."""
-    small_index, small, large_index, large, masks, bad = [], [], [], [], [], []
-    for index, item in enumerate(tqdm(items, "decoding", leave=False, disable=None)):
-        try:
-            with Image.open(item.image) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-            mask = None
-            if item.mask:
-                with Image.open(item.mask) as file:
-                    mask = file.copy()
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            bad.append(f"{item.image.name} ({error})")
-            continue
-        if mask is not None:
-            if mask.size != image.size or mask.mode not in ("L", "P", "1"):
-                raise DataError(
-                    f"{item.mask}: expected class indices in one channel, {image.size} as its "
-                    f"image, found mode {mask.mode}, {mask.size}"
-                )
-            large_index.append(index)
-            large.append(np.asarray(image.resize(image_size[::-1], Image.Resampling.BILINEAR)))
-            masks.append(np.asarray(mask.resize(image_size[::-1], Image.Resampling.NEAREST)))
-        if item.label >= 0:
-            small_index.append(index)
-            small.append(np.asarray(image.resize(pretrain_size[::-1], Image.Resampling.BILINEAR)))
-    if not (small and large):
-        raise DataError(f"{items[0].image.parent}: no images with a mask, or none with a class")
-    small, large = (torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in (small, large))
-    masks = torch.from_numpy(np.stack(masks).astype(np.uint8))
-    return Pictures(small_index, small.contiguous(), large_index, large.contiguous(), masks, bad)
+def shuffled(items: list[Item], shares: tuple[float, ...], seed: int) -> list[list[Item]]:
+    """Disjoint random parts in the given shares."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [[items[place] for place in order[part]] for part in cut(len(items), shares)]
 
 
 def photograph_task(
     name: str,
     classes: tuple[str, ...],
     segments: tuple[str, ...],
-    items: list[Item],
-    pictures: Pictures,
+    splits: dict[str, list[Item]],
     values: Tensor,
+    sizes: Sizes,
+    *,
+    cache: Path,
 ) -> Task:
-    """The task of decoded pictures; `values` (256,) is the segment that a mask's value stands for.
+    """The task of photographs, each decoded once; kept in a file of the folder `cache`.
 
-    A photograph's mirror image is taken to be of the same class.
+    `values` (256,) is the segment that a mask's value stands for. A photograph's mirror image is
+    taken to be of the same class.
     """
-    masks = values[pictures.masks.long()]
-    wrong = (masks >= len(segments)) & (masks != IGNORE)
-    if wrong.any():
-        place = int(wrong.flatten(1).any(1).nonzero()[0])
-        file = items[pictures.large_index[place]].mask
-        raise DataError(
-            f"{file}: index {int(pictures.masks[place][wrong[place]][0])} stands in the mask, "
-            f"but there are {len(segments)} segments"
-        )
-    labels = torch.tensor([items[index].label for index in pictures.small_index])
-    small, large = [], []
-    for split in SPLITS:
-        for parts, index, x, y in (
-            (small, pictures.small_index, pictures.small, labels),
-            (large, pictures.large_index, pictures.large, masks),
-        ):
-            chosen = [place for place, item in enumerate(index) if items[item].split == split]
-            if not chosen:
-                kind = "mask" if y is masks else "class"
+    files = [item for items in splits.values() for item in items]
+    times = [path.stat().st_mtime for item in files for path in (item.image, item.mask) if path]
+    key = repr((splits, times, sizes, segments, values.tolist())).encode()
+    path = cache / f"decoded-{hashlib.sha256(key).hexdigest()[:12]}.pt"
+    if path.exists():
+        crops, images, bad = torch.load(path, weights_only=True)
+    else:
+        decoded = [decode(items, values, len(segments), sizes) for items in splits.values()]
+        crops, images = ([part[place] for part in decoded] for place in (0, 1))
+        bad = [line for part in decoded for line in part[2]]
+        with suppress(OSError):  # a folder that may only be read is decoded again next time
+            torch.save((crops, images, bad), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+    for kind, parts in (("class", crops), ("mask", images)):
+        for split, part in zip(splits, parts, strict=True):
+            if part is None:
                 raise DataError(f"{name}: no image of the split '{split}' has a {kind}")
-            parts.append(Examples(x[chosen], y[chosen]))
+    crops, images = (Splits(*(Examples(*part) for part in parts)) for parts in (crops, images))
     note = f"data: {name}"
-    if pictures.bad:
-        note += f"; {len(pictures.bad)} unreadable files left out, the first: {pictures.bad[0]}"
-    return Task(name, classes, segments, Splits(*small), Splits(*large), True, note)
+    if bad:
+        note += f"; {len(bad)} unreadable files left out, the first: {bad[0]}"
+    return Task(name, classes, segments, crops, images, True, note)
+
+
+def decode(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tuple:
+    """(images, classes), (images, masks), each None if there are none, and the unreadable files.
+
+    Images are resized bilinearly with antialiasing, masks to the nearest neighbour.
+    """
+    crops, images, bad = [], [], []
+    for item in tqdm(items, "decoding", leave=False, disable=None):
+        try:
+            with Image.open(item.image) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+            mask = read_mask(item.mask, image.size, values, segments) if item.mask else None
+        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
+            bad.append(f"{item.image.name} ({error})")
+            continue
+        if mask is not None:
+            mask = torch.from_numpy(np.array(mask.resize(sizes.image[::-1], NEAREST)))
+            images.append((resize(image, sizes.image), mask))
+        if item.label >= 0:
+            crops.append((resize(image, sizes.crop), torch.tensor(item.label)))
+    parts = (
+        tuple(map(torch.stack, zip(*part, strict=True))) if part else None
+        for part in (crops, images)
+    )
+    return *parts, bad
+
+
+def read_mask(path: Path, size: tuple[int, int], values: Tensor, segments: int) -> Image.Image:
+    """The mask's segments as a picture. Raises DataError if it does not fit its image."""
+    with Image.open(path) as file:
+        if file.size != size or file.mode not in ("L", "P", "1"):
+            raise DataError(
+                f"{path}: expected class indices in one channel of {size} as its image, "
+                f"found mode {file.mode} of {file.size}"
+            )
+        found = values[torch.from_numpy(np.array(file).astype(np.int64))]
+    wrong = found[(found >= segments) & (found != IGNORE)]
+    if len(wrong):
+        raise DataError(
+            f"{path}: index {int(wrong[0])} stands in the mask, but segments are {segments}"
+        )
+    return Image.fromarray(found.numpy())
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W)."""
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 # --- batches ----------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def start_run(
         run = resume or open_run(config)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    print(f"run: {run} on {config.device}   (cut short? --resume {run})", flush=True)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
+    print(f"run: {run} on {config.device}   (cut short? --resume {run})")
     end_on_ctrl_c(run)
     return config, run, torch.device(config.device)
 

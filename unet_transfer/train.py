@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import IGNORE, DataError, Examples, Task, batches, load, training_batches
+from data import IGNORE, DataError, Examples, Sizes, Task, batches, load, training_batches
 from model import (
     Classifier,
     LossSums,
@@ -147,8 +147,7 @@ def load_task(config: Config, device: torch.device) -> Task:
     task = load(
         dataset=config.dataset,
         data_dir=config.data_dir,
-        image_size=config.image_size,
-        pretrain_size=config.pretrain_size,
+        sizes=Sizes(config.image_size, config.pretrain_size),
         digit_classes=config.digit_classes,
         crop_count=config.crop_count,
         ignore_index=config.ignore_index,
