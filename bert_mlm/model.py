@@ -1,0 +1,432 @@
+"""Masked language modelling: which pieces are masked, the loss on them, and what is measured.
+
+Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+Understanding", section 3.1, task 1. Of the pieces of a text each is chosen with probability 0.15;
+a chosen one becomes [MASK] (80%), a random piece of the whole vocabulary (10%) or stays (10%), and
+for the set M of chosen pieces the loss is
+
+    loss = -1/|M| sum_(i in M) log p(piece i | the text so masked)                             (1)
+    perplexity = exp(loss), with both sums of (1) over all texts                               (2)
+
+Masks are drawn anew in each epoch of training (Liu et al. 2019, "RoBERTa"), once for evaluation.
+"""
+
+import math
+import re
+import string
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # the label of a piece that was not chosen, as in transformers
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ALPHABET = sorted(
+    {*string.printable.lower(), *"\u2018\u2019\u201c\u201d\u2013\u2014…£€°"} - {*string.whitespace}
+)
+
+KINDS = ("hashtag", "name", "place", "common word", "number or sign", "link")
+SOME_PLACES = """
+    turkey türkiye turkiye syria istanbul ankara izmir adana gaziantep antep hatay antakya
+    iskenderun kahramanmaraş kahramanmaras maras elbistan pazarcik nurdagi islahiye adiyaman
+    malatya urfa sanliurfa diyarbakir osmaniye kilis mersin samandag aleppo idlib latakia afrin
+    jindires hama damascus lebanon beirut cyprus iraq iran israel jordan egypt greece athens
+    bulgaria romania georgia armenia azerbaijan russia moscow ukraine germany berlin cologne france
+    paris england london britain uk scotland ireland wales spain italy rome netherlands sweden
+    norway denmark poland switzerland geneva austria vienna belgium brussels europe asia africa
+    america usa us california texas florida alaska nevada oregon washington colorado chicago nyc
+    boston houston canada calgary toronto vancouver mexico brazil chile haiti japan tokyo hiroshima
+    china india mumbai delhi pakistan bangladesh nepal kathmandu malaysia indonesia philippines
+    australia sydney melbourne taiwan korea nigeria kenya libya yemen gaza saudi qatar
+"""
+PLACES = frozenset(SOME_PLACES.split())
+
+
+# --- masking ----------------------------------------------------------------------------------
+
+
+def encode(tokenizer, texts: list[str], max_length: int, *, all_of_it: bool = False) -> list[dict]:
+    """text, input_ids, special_tokens_mask, offset_mapping of each text; a text is one sequence.
+
+    The rest of a long text is cut off, or with `all_of_it` makes further sequences.
+    """
+    options = {"max_length": max_length, "return_overflowing_tokens": all_of_it}
+    answer = tokenizer(texts, truncation=True, return_offsets_mapping=True, **options)
+    special = set(tokenizer.all_special_ids)  # with [UNK], which nobody should learn to predict
+    origins = answer.get("overflow_to_sample_mapping", range(len(texts)))
+    return [
+        {
+            "text": texts[origin],
+            "input_ids": pieces,
+            "special_tokens_mask": [int(piece in special) for piece in pieces],
+            "offset_mapping": spans,
+        }
+        for origin, pieces, spans in zip(
+            origins, answer["input_ids"], answer["offset_mapping"], strict=True
+        )
+    ]
+
+
+class Masking:
+    """Chooses and hides pieces: a padded batch of input_ids, attention_mask, labels (N, L)."""
+
+    def __init__(self, tokenizer, probability: float, whole_words: bool):
+        from transformers import DataCollatorForLanguageModeling
+
+        self.tokenizer, self.whole_words = tokenizer, whole_words
+        with warnings.catch_warnings():  # it warns that whole words always become [MASK]
+            warnings.simplefilter("ignore")
+            self.collate = DataCollatorForLanguageModeling(
+                tokenizer, mlm_probability=probability, whole_word_mask=whole_words
+            )
+
+    def __call__(self, texts: list[dict]) -> dict[str, Tensor]:
+        """Draws from torch's generator."""
+        longest = max(len(text["input_ids"]) for text in texts)
+        padded = []
+        for text in texts:
+            left = longest - len(text["input_ids"])
+            one = {
+                "input_ids": text["input_ids"] + left * [self.tokenizer.pad_token_id],
+                "special_tokens_mask": text["special_tokens_mask"] + left * [1],
+                "attention_mask": len(text["input_ids"]) * [1] + left * [0],
+            }
+            if self.whole_words:
+                one["offset_mapping"] = text["offset_mapping"] + left * [(0, 0)]
+            padded.append(one)
+        return dict(self.collate(padded))
+
+    def fixed(self, texts: list[dict], seed: int) -> list[dict]:
+        """Each text masked once, by `seed` and its place, so that no batch size changes it; with
+        the kind of each piece.
+        """
+        masked = []
+        with torch.random.fork_rng(devices=[]):
+            for place, text in enumerate(texts):
+                torch.manual_seed(1_000_003 * seed + place)
+                one = {name: value[0] for name, value in self([text]).items()}
+                of_kind = kinds(text["text"], text["offset_mapping"])
+                masked.append(one | {"kinds": torch.tensor(of_kind)})
+        return masked
+
+
+def pad(masked: list[dict], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """A batch (N, L) of texts that are masked already; L is their longest, or `length`."""
+    longest = length or max(len(one["input_ids"]) for one in masked)
+    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE, "kinds": 0}
+    return {
+        name: torch.stack([F.pad(one[name], (0, longest - len(one[name])), value=fill[name])
+                           for one in masked])
+        for name in masked[0]
+    }  # fmt: skip
+
+
+# --- loss and scores --------------------------------------------------------------------------
+
+
+def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (|M|, vocabulary) of the chosen pieces only; the rest never meets the head.
+
+    The head of a small BERT costs more than its layers: |vocabulary| x width per piece. Whatever
+    the architecture, the head follows the encoder `base_model`, so that is where the rest leaves.
+    On CUDA the products are in bf16.
+    """
+    chosen = batch["labels"] != IGNORE
+
+    def keep_chosen(encoder, inputs, output):
+        output.last_hidden_state = output.last_hidden_state[chosen][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(keep_chosen)
+    kind = model.device.type
+    try:
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            answer = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    finally:
+        handle.remove()
+    return answer.logits[0].float()
+
+
+def ordinary_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same as usually written: the head on every piece, in fp32."""
+    answer = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return answer.logits[batch["labels"] != IGNORE]
+
+
+def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. (1) of logits (|M|, vocabulary) and pieces (|M|,); 0 if no piece was chosen."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+
+
+def no_sums() -> Tensor:
+    return torch.zeros(len(KINDS), dtype=torch.float64)
+
+
+@dataclass
+class Scores:
+    """Sums over chosen pieces, by kind; divided by their number only when read."""
+
+    loss: Tensor = field(default_factory=no_sums)
+    top1: Tensor = field(default_factory=no_sums)
+    top5: Tensor = field(default_factory=no_sums)
+    count: Tensor = field(default_factory=no_sums)
+
+    def add(self, logits: Tensor, labels: Tensor, kinds: Tensor) -> None:
+        """Logits (|M|, vocabulary), the pieces and their kinds (|M|,)."""
+        logits, labels, kinds = logits.double().cpu(), labels.cpu(), kinds.cpu()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        self.loss.index_add_(0, kinds, F.cross_entropy(logits, labels, reduction="none"))
+        self.top1.index_add_(0, kinds, best[:, 0].double())
+        self.top5.index_add_(0, kinds, best.any(1).double())
+        self.count.index_add_(0, kinds, torch.ones_like(labels, dtype=torch.float64))
+
+    def summary(self) -> dict:
+        """Per piece: loss in nats, perplexity (eq. 2), accuracies; and by kind what occurs."""
+        sums = torch.stack((self.loss, self.top1, self.top5, self.count))
+        loss, top1, top5, count = sums.sum(1).tolist()
+        count = max(count, 1)
+        by_kind = {
+            name: {"pieces": int(n), "loss": a / n, "top1": b / n, "top5": c / n}
+            for name, (a, b, c, n) in zip(KINDS, sums.T.tolist(), strict=True)
+            if n
+        }
+        return {
+            "pieces": int(count),
+            "loss": loss / count,
+            "perplexity": math.exp(min(loss / count, 700)),
+            "top1": top1 / count,
+            "top5": top5 / count,
+            "by_kind": by_kind,
+        }
+
+
+def unigram_logits(texts: list[dict], vocabulary: int) -> Tensor:
+    """Log-probabilities (vocabulary,) of pieces by their number in `texts`, each plus one."""
+    counts = torch.ones(vocabulary, dtype=torch.float64)
+    for text in texts:
+        pieces, special = (torch.tensor(text[k]) for k in ("input_ids", "special_tokens_mask"))
+        counts.index_add_(0, pieces, (1 - special).double())
+    return (counts / counts.sum()).log()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, masked: list[dict], pad_id: int, batch_size: int = 64) -> Scores:
+    """Of texts that are masked already, so that the batch size changes nothing."""
+    model.eval()
+    scores = Scores()
+    masked = sorted(masked, key=lambda one: len(one["input_ids"]))
+    for first in range(0, len(masked), batch_size):
+        batch = pad(masked[first : first + batch_size], pad_id)
+        chosen = batch["labels"] != IGNORE
+        labels, of_kind = batch["labels"][chosen], batch["kinds"][chosen]
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        scores.add(masked_logits(model, batch), labels, of_kind)
+    return scores
+
+
+def evaluate_constant(logits: Tensor, masked: list[dict]) -> Scores:
+    """Of a model that always says the same, logits (vocabulary,)."""
+    scores = Scores()
+    for one in masked:
+        chosen = one["labels"] != IGNORE
+        labels = one["labels"][chosen]
+        scores.add(logits.expand(len(labels), -1), labels, one["kinds"][chosen])
+    return scores
+
+
+@torch.no_grad()
+def fillings(
+    model: nn.Module, tokenizer, pieces: list[int], place: int, count: int = 5
+) -> list[tuple[str, float]]:
+    """The most probable pieces for one place of a text, which is masked, with probabilities."""
+    model.eval()
+    input_ids = torch.tensor([pieces], device=model.device)
+    labels = torch.full_like(input_ids, IGNORE)
+    labels[0, place] = input_ids[0, place]
+    input_ids[0, place] = tokenizer.mask_token_id
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    best = masked_logits(model, batch)[0].softmax(-1).topk(count)
+    words = [tokenizer.decode([piece]).strip() for piece in best.indices.tolist()]
+    return list(zip(words, best.values.tolist(), strict=True))
+
+
+def compare_speed(
+    model: nn.Module, masked: list[dict], groups: dict, pad_id: int, max_length: int
+) -> tuple[dict, dict]:
+    """The share of padding, and the speed of training steps, by recipe: `ordinary`, which pads to
+    max_length and has the head on every piece, and `ours`; `groups` are the batches of each.
+
+    The rate is 0 and dropout is off: both see the same weights to the end and have the same loss.
+    """
+    lengths = {"ordinary": max_length, "ours": None}
+    batches = {
+        recipe: [pad([masked[place] for place in group], pad_id, lengths[recipe]) for group in own]
+        for recipe, own in groups.items()
+    }
+    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    logits_of = {"ordinary": ordinary_logits, "ours": masked_logits}
+    seconds, losses = dict.fromkeys(batches, math.inf), {}
+    for _ in range(3):  # in turn, and the best of three: other work may share the machine
+        for recipe, own in batches.items():
+            began = time.perf_counter()
+            losses[recipe] = pass_over(own, model, logits_of[recipe], optimizer)
+            seconds[recipe] = min(seconds[recipe], time.perf_counter() - began)
+    texts = sum(len(batch["labels"]) for batch in batches["ours"])
+    pieces = sum(int(batch["attention_mask"].sum()) for batch in batches["ours"])
+    padding = {
+        recipe: 1 - pieces / sum(batch["labels"].numel() for batch in own)
+        for recipe, own in batches.items()
+    }
+    return padding, {
+        "tweets_per_second": {recipe: texts / s for recipe, s in seconds.items()},
+        "pieces_per_second": {recipe: pieces / s for recipe, s in seconds.items()},
+        "times_faster": seconds["ordinary"] / seconds["ours"],
+        "loss": losses,
+    }
+
+
+def pass_over(
+    batches: list[dict], model: nn.Module, logits_of: Callable, optimizer: torch.optim.Optimizer
+) -> float:
+    """Train on every batch once; the loss per chosen piece."""
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        labels = batch["labels"][batch["labels"] != IGNORE]
+        loss = mlm_loss(logits_of(model, batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total, count = total + loss.detach().double() * len(labels), count + len(labels)
+    return float(total) / max(count, 1)
+
+
+def adamw(
+    model: nn.Module, steps: int, *, lr: float, warmup: float, weight_decay: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The rate rises for the share `warmup` of the steps and falls linearly; biases and
+    normalisations do not decay.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    decay = [weight for weight in model.parameters() if weight.ndim > 1]
+    rest = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup * steps, steps)
+
+
+# --- kinds of words ---------------------------------------------------------------------------
+
+
+def kinds(text: str, spans: list[tuple[int, int]]) -> list[int]:
+    """For each piece, given by its span of characters in `text`, a place in KINDS."""
+    words = [(word.end(), word.group()) for word in re.finditer(r"\S+", text)]
+    found, number = [], 0
+    for begin, end in spans:
+        while number < len(words) - 1 and words[number][0] <= begin:
+            number += 1
+        found.append(KINDS.index(kind(words[number][1], text[begin:end].strip())))
+    return found
+
+
+def kind(word: str, piece: str) -> str:
+    """The kind of a piece of a word; a word is what stands between blanks."""
+    word = word.lstrip("\"'\u201c\u2018(.-*").casefold()
+    if word.startswith(("#", "@")):
+        return "hashtag" if word[0] == "#" else "name"
+    if re.match(r"(https?://|www\.|http$)", word):
+        return "link"
+    if not any(letter.isalpha() for letter in piece):
+        return "number or sign"
+    return "place" if re.sub(r"['\u2019]s$|\W+$", "", word) in PLACES else "common word"
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """transformers reports neither missing weights nor progress: the run says both in a line."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load_pretrained(
+    name: str, *, local: bool, dropout: float | None = None
+) -> tuple[nn.Module, object, list[str]]:
+    """Model, tokenizer, and what of its head the checkpoint lacked. Raises OSError, ValueError.
+
+    `name` is a folder or a name on the hub; `local`: only what is on this machine; `dropout` takes
+    the place of a BERT's own.
+    """
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    options = {"local_files_only": local}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.mask_token is None or not tokenizer.is_fast:
+        raise ValueError("its tokenizer has no mask token, or is not a fast one")
+    if dropout is not None:
+        options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model, report = AutoModelForMaskedLM.from_pretrained(
+        name, **options, dtype=torch.float32, output_loading_info=True
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError("its tokenizer has more pieces than the model")
+    return model, tokenizer, sorted(report["missing_keys"])
+
+
+def from_scratch(model: nn.Module) -> nn.Module:
+    """The same architecture with new weights."""
+    from transformers import AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_config(model.config)
+
+
+def word_pieces(texts: list[str], size: int, max_length: int):
+    """A WordPiece tokenizer (Schuster & Nakajima 2012) of `size` lower-case pieces.
+
+    The trainer numbers the characters inside words in the order of a hash table and breaks ties by
+    number; they are handed to it as special, so that the same texts give the same pieces.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.trainers import WordPieceTrainer
+    from transformers import BertTokenizer
+
+    trained = Tokenizer(WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    alphabet = {
+        "initial_alphabet": ALPHABET,
+        "limit_alphabet": len(ALPHABET),
+        "special_tokens": [*SPECIAL, *(f"##{letter}" for letter in ALPHABET)],
+    }
+    trainer = WordPieceTrainer(vocab_size=size, min_frequency=2, show_progress=False, **alphabet)
+    trained.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=True, model_max_length=max_length)
+
+
+def small_bert(tokenizer, *, layers: int, width: int) -> nn.Module:
+    """A BERT with new weights, heads of 64 numbers and no dropout."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 64, 1),
+        intermediate_size=4 * width,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.05,  # 0.02 is for a width of 768; this learns faster
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForMaskedLM(config)

@@ -1,0 +1,260 @@
+"""One ResNet trunk with two heads, batches of P classes x K pictures, and triplet mining.
+
+Hermans, Beyer & Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (equation
+numbers are theirs); semi-hard negatives: Schroff et al. 2015, "FaceNet"; ResNet: He et al. 2016.
+"""
+
+import math
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import Request, urlopen
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHTS_HOST = "https://download.pytorch.org"
+
+
+class Outputs(NamedTuple):
+    """Class logits (N, C), embeddings (N, D), and the trunk's features (N, F) under both."""
+
+    logits: Tensor
+    embedding: Tensor
+    features: Tensor
+
+
+class TwoHeads(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to Outputs in float32; both heads read the same features.
+
+    The embedding is not normalised: a unit sphere in two dimensions is a mere circle.
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, *, classes: int, embedding_size: int):
+        super().__init__()
+        self.trunk = trunk
+        self.classify = nn.Linear(width, classes)
+        self.embed = nn.Sequential(
+            nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, embedding_size)
+        )
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def forward(self, x: Tensor, *, bf16: bool = False) -> Outputs:
+        x = ((x - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            features = self.trunk(x)
+        features = features.float()  # distances need float32's digits
+        return Outputs(self.classify(features), self.embed(features), features)
+
+
+def make_trunk(resnet: str, widths: tuple[int, ...], state: dict | None) -> tuple[nn.Module, int]:
+    """torchvision's `resnet` without its last layer, or the small one; and its features' width.
+
+    `state` are pretrained weights, None for random ones.
+    """
+    from torchvision.models import get_model  # imported where it is used: it is slow
+
+    if resnet == "small":
+        return small_resnet(widths), widths[-1]
+    trunk = get_model(resnet, weights=None)
+    if state is not None:
+        trunk.load_state_dict(state)
+    width, trunk.fc = trunk.fc.in_features, nn.Identity()
+    return trunk, width
+
+
+def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
+    """A block of two convolutions per width, each at half the resolution of the one before."""
+    from torchvision.models.resnet import BasicBlock
+
+    layers = [conv(3, widths[0], 3, 2), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+    before = widths[0]
+    for number, width in enumerate(widths):
+        stride = 1 if number == 0 else 2
+        shortcut = None  # the identity, where shapes allow
+        if stride != 1 or before != width:
+            shortcut = nn.Sequential(conv(before, width, 1, stride), nn.BatchNorm2d(width))
+        layers.append(BasicBlock(before, width, stride, shortcut))
+        before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def conv(before: int, after: int, size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, size, stride, size // 2, bias=False)
+
+
+def imagenet_weights(resnet: str) -> dict[str, Tensor]:
+    """torchvision's weights, downloaded and verified once. Raises OSError if they cannot be had."""
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(resnet).IMAGENET1K_V1
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    reason = f"ImageNet weights of {resnet} are not at hand and could not be downloaded"
+    if not kept.exists() and not reachable(WEIGHTS_HOST):
+        raise OSError(f"{reason}: {WEIGHTS_HOST} does not answer")
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{reason}: {error}") from error
+
+
+def reachable(url: str, seconds: float = 8.0) -> bool:
+    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
+    answers = []
+
+    def ask() -> None:
+        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+# --- batches of P classes x K pictures --------------------------------------------------------
+
+
+def pk_batches(y: Tensor, classes: int, pictures: int) -> list[Tensor]:
+    """Batches of numbers: `pictures` of each of `classes` classes of y (N,), every number in one.
+
+    Each class, shuffled, is cut into runs of K; a batch takes a run of each of the P classes with
+    most runs left. What a run or a class lacks is drawn again from the class.
+    """
+    members = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
+    runs = [cut_into_runs(mine, pictures) for mine in members]
+    batches = []
+    while any(runs):
+        left = torch.tensor([len(mine) for mine in runs]) + torch.rand(len(runs)) / 2
+        chosen = left.topk(min(classes, len(runs))).indices.tolist()
+        parts = [runs[c].pop() if runs[c] else draw(members[c], pictures) for c in chosen]
+        batches.append(torch.cat(parts))
+    return batches
+
+
+def cut_into_runs(numbers: Tensor, length: int) -> list[Tensor]:
+    """`numbers`, shuffled, in runs of `length`; the last is filled with numbers drawn again."""
+    shuffled = numbers[torch.randperm(len(numbers))]
+    return list(torch.cat((shuffled, draw(numbers, -len(numbers) % length))).split(length))
+
+
+def draw(numbers: Tensor, count: int) -> Tensor:
+    return numbers[torch.randint(len(numbers), (count,))]
+
+
+def count_batches(y: Tensor, classes: int, pictures: int) -> int:
+    """How many batches pk_batches makes."""
+    runs = [math.ceil(count / pictures) for count in y.bincount().tolist()]
+    return max(max(runs), math.ceil(sum(runs) / min(classes, len(runs))))
+
+
+def augment(x: Tensor) -> Tensor:
+    """Random mirroring, rotation, zoom and shift (the border is reflected), light and colour."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, device=x.device)
+
+    count = len(x)
+    angle, zoom = uniform(-math.pi, math.pi, count), uniform(0.8, 1.1, count)
+    mirrored = uniform(-1, 1, count).sign()
+    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), uniform(-0.12, 0.12, 2, count)
+    rows = (torch.stack((cos * mirrored, -sin, shift[0]), 1),)
+    rows += (torch.stack((sin * mirrored, cos, shift[1]), 1),)
+    points = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)
+    gain = uniform(0.75, 1.25, count, 1, 1, 1) * uniform(0.92, 1.08, count, 3, 1, 1)
+    return ((x - 0.5) * gain + 0.5 + uniform(-0.12, 0.12, count, 1, 1, 1)).clamp(0, 1)
+
+
+# --- mining and loss --------------------------------------------------------------------------
+
+
+class Triplets(NamedTuple):
+    """Row numbers (T,) in a batch of anchor, positive and negative."""
+
+    anchor: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@torch.no_grad()
+def mine(embedding: Tensor, y: Tensor, mining: str) -> Triplets:
+    """Triplets of a batch (N, D) with the classes y (N,); none for an anchor that lacks a positive
+    (another row of its class) or a negative.
+
+    hard      per anchor the farthest positive and the nearest negative: "batch hard", eq. 5
+    semihard  per anchor and positive the nearest negative that is farther than the positive
+    all       every triplet: "batch all", eq. 6
+    """
+    distance = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
+    same = y[:, None] == y
+    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    if mining == "hard":
+        far = distance.masked_fill(~positive, -1).max(1)
+        near = distance.masked_fill(same, math.inf).min(1)
+        anchor = ((far.values >= 0) & (near.values < math.inf)).nonzero()[:, 0]
+        return Triplets(anchor, far.indices[anchor], near.indices[anchor])
+    if mining == "semihard":
+        anchor, other = positive.nonzero().T
+        near, order = distance.masked_fill(same, math.inf).sort(1)
+        place = torch.searchsorted(near, distance.masked_fill(~positive, math.inf), right=True)
+        place = place[anchor, other].clamp(max=len(y) - 1)
+        found = near[anchor, place] < math.inf
+        found &= near[anchor, place] > distance[anchor, other]
+        return Triplets(*(part[found] for part in (anchor, other, order[anchor, place])))
+    return Triplets(*(positive[:, :, None] & ~same[:, None, :]).nonzero().T)
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """Distances (T,) of rows; where two coincide the gradient is 0, that of a square root is not
+    finite there.
+    """
+    square = (a - b).square().sum(1)
+    apart = square > 0
+    return torch.where(apart, square, 1).sqrt() * apart
+
+
+def triplet_losses(embedding: Tensor, triplets: Triplets, margin: float | None) -> Tensor:
+    """Each triplet's loss (T,): max(d(a, p) - d(a, n) + margin, 0); without a margin the soft one,
+    ln(1 + exp(d(a, p) - d(a, n))).
+    """
+    a, p, n = (embedding[rows] for rows in triplets)
+    gap = euclidean(a, p) - euclidean(a, n)
+    return F.softplus(gap) if margin is None else (gap + margin).clamp(min=0)
+
+
+def mean_or_zero(losses: Tensor, embedding: Tensor) -> Tensor:
+    """The mean of losses (T,); of none 0, with a gradient of 0."""
+    return losses.mean() if len(losses) else 0 * embedding.sum()
+
+
+# --- the watch for collapse -------------------------------------------------------------------
+
+
+def resting_loss(margin: float | None) -> float:
+    """The loss of an embedding that maps everything to one point."""
+    return math.log(2) if margin is None else margin
+
+
+def collapsed(loss: float, mean_distance: float, margin: float | None) -> bool:
+    """Whether the loss sits within 5% of its resting point while the batch has shrunk to a point:
+    a healthy loss passes that value on its way down, but with distances of the margin's order.
+    """
+    rest = resting_loss(margin)
+    return abs(loss - rest) < 0.05 * rest and mean_distance < 0.1 * rest
+
+
+def mean_distance(embedding: Tensor) -> Tensor:
+    """() Over all pairs of a batch (N, D)."""
+    return F.pdist(embedding.detach()).mean()
+
+
+def active_share(losses: Tensor, margin: float | None) -> Tensor:
+    """() The share of mined triplets (T,) that still push; with the soft margin, which never quite
+    lets go, of those whose negative is nearer than the positive.
+    """
+    active = losses.detach() > (math.log(2) if margin is None else 0)
+    return active.float().sum() / max(1, len(losses))

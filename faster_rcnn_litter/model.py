@@ -1,0 +1,408 @@
+"""Faster R-CNN of torchvision's parts, for few things in a picture and for machines without a GPU.
+
+Ren, He, Girshick & Sun 2015, "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal
+Networks", over a feature pyramid (Lin et al. 2017). Deviations for `small`: group normalisation
+(Wu & He 2018), a pyramid of 64 channels that begins at stride 8, a box head of 128 features, and
+only as many sampled regions as a picture with a handful of things has use for.
+"""
+
+import contextlib
+import io
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    FrozenBatchNorm2d,
+    MultiScaleRoIAlign,
+    box_iou,
+    nms,
+)
+
+RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors, as in section 3.1.1
+WIDTHS = (24, 32, 64, 96, 128)  # channels at strides 2, 4, 8, 16, 32
+BLOCKS = (0, 1, 1, 2, 1)  # residual blocks at each of them
+PYRAMID, BOX_HEAD = 64, 128  # channels; features of a region
+LOSSES = ("objectness", "rpn_box_reg", "classifier", "box_reg")
+MATCH = 0.5  # IoU from which a prediction has found a piece
+
+
+class Sampling(NamedTuple):
+    """How many boxes of a picture the stages look at. torchvision has 256, 512, 2000 and 1000."""
+
+    anchors: int  # in the loss of the first stage
+    regions: int  # in the loss of the second stage
+    proposals: int  # handed from the first stage to the second in training
+    test_proposals: int  # and in prediction
+
+
+# --- the network ------------------------------------------------------------------------------
+
+
+def normalised(inputs: int, channels: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution and group normalisation in groups of 8 channels."""
+    convolution = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(channels // 8, channels))
+
+
+class Residual(nn.Module):
+    """The basic block of He et al. 2016, (N, C, H, W) to the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = normalised(channels, channels)
+        self.second = normalised(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.second(self.first(x).relu())).relu()
+
+
+class LightBackbone(nn.Module):
+    """{"0", "1", "2"}: features (N, 64, H / s, W / s) at s = 8, 16, 32 of pictures (N, 3, H, W)."""
+
+    out_channels = PYRAMID
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        for inputs, width, blocks in zip((3, *WIDTHS[:-1]), WIDTHS, BLOCKS, strict=True):
+            down = nn.Sequential(normalised(inputs, width, stride=2), nn.ReLU())
+            self.stages.append(nn.Sequential(down, *(Residual(width) for _ in range(blocks))))
+        self.fpn = FeaturePyramidNetwork(WIDTHS[2:], PYRAMID)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return self.fpn(OrderedDict((str(i), part) for i, part in enumerate(features[2:])))
+
+
+class AsItIs(GeneralizedRCNNTransform):
+    """torchvision's normalisation and padding to a batch, without resizing: data.py did that."""
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        return image, target
+
+
+def make_detector(
+    architecture: str, *, classes: int, sampling: Sampling, sides: list[float], coco: bool
+) -> FasterRCNN:
+    """`small` with random weights, or one of torchvision's, with COCO weights if `coco`.
+
+    `classes` counts the background, label 0. `sides` are those of small's anchors in pixels, at
+    strides 8, 16, 32; torchvision's networks keep the anchors of their weights. COCO weights come
+    from torch.hub's folder with their head of 91 classes, and with batch normalisation frozen.
+    """
+    options = {
+        "rpn_batch_size_per_image": sampling.anchors,
+        "box_batch_size_per_image": sampling.regions,
+        "rpn_pre_nms_top_n_train": 2 * sampling.proposals,
+        "rpn_post_nms_top_n_train": sampling.proposals,
+        "rpn_pre_nms_top_n_test": 2 * sampling.test_proposals,
+        "rpn_post_nms_top_n_test": sampling.test_proposals,
+        "rpn_score_thresh": 0.0,
+        "box_score_thresh": 0.01,  # precision is wanted at every recall
+    }
+    if architecture != "small":
+        make = getattr(detection, f"fasterrcnn_{architecture}")
+        if coco:
+            model = freeze_batchnorm(make(weights="DEFAULT", progress=False, **options))
+        else:
+            model = make(weights=None, weights_backbone=None, num_classes=classes, **options)
+    else:
+        anchors = AnchorGenerator([(side,) for side in sides], (RATIOS,) * len(sides))
+        model = FasterRCNN(
+            LightBackbone(),
+            rpn_anchor_generator=anchors,
+            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1),
+            box_head=TwoMLPHead(PYRAMID * 7**2, BOX_HEAD),
+            box_predictor=FastRCNNPredictor(BOX_HEAD, classes),
+            **options,
+        )
+    model.transform = AsItIs(0, 0, model.transform.image_mean, model.transform.image_std)
+    return model
+
+
+def replace_head(model: FasterRCNN, classes: int) -> None:
+    """A fresh last layer for `classes` classes, background among them; all else stays."""
+    inputs = model.roi_heads.box_predictor.cls_score.in_features
+    model.roi_heads.box_predictor = FastRCNNPredictor(inputs, classes)
+
+
+def freeze_batchnorm(module: nn.Module, eps: float | None = None) -> nn.Module:
+    """`module` with a fixed scale and shift in place of each BatchNorm2d, with its eps or `eps`.
+
+    Statistics of two pictures are noise. Without gradients alone, such a layer would still
+    normalise by them in train mode, and move its running mean and variance.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            fixed = FrozenBatchNorm2d(child.num_features, child.eps if eps is None else eps)
+            fixed.load_state_dict(child.state_dict())
+            setattr(module, name, fixed)
+        else:
+            freeze_batchnorm(child, eps)
+    return module
+
+
+def frozen_eps(model: nn.Module) -> float | None:
+    """Frozen batch normalisation's eps, which no state dict holds; None if nothing is frozen."""
+    eps = [part.eps for part in model.modules() if isinstance(part, FrozenBatchNorm2d)]
+    return eps[0] if eps else None
+
+
+class Mixed(nn.Module):
+    """`inner`, under autocast if `amp`; what it returns is float32.
+
+    Not the whole network: torchvision gives boxes the type of the features and of the first
+    stage's output, and bfloat16 has but 8 bits for a coordinate.
+    """
+
+    def __init__(self, inner: nn.Module, amp: bool):
+        super().__init__()
+        self.inner, self.amp = inner, amp
+
+    def forward(self, x: Tensor | list[Tensor]) -> dict[str, Tensor] | tuple[list[Tensor], ...]:
+        device = x.device if isinstance(x, Tensor) else x[0].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+            out = self.inner(x)
+        if isinstance(out, dict):
+            return OrderedDict((name, part.float()) for name, part in out.items())
+        return tuple([part.float() for part in parts] for parts in out)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether it is worth while: emulated, as on most CPUs, it is slower than float32."""
+    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def mix_precision(model: FasterRCNN, amp: bool) -> FasterRCNN:
+    """Convolutions over whole pictures in bfloat16 if `amp`, all that reckons with boxes not."""
+    model.backbone = Mixed(model.backbone, amp)
+    model.rpn.head = Mixed(model.rpn.head, amp)
+    return model
+
+
+# --- anchors ----------------------------------------------------------------------------------
+
+
+def anchor_overlap(boxes: Tensor, sides: list[float]) -> Tensor:
+    """(K,) IoU of each box (K, 4) with the best of the anchors' shapes, centre upon centre."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    root = torch.tensor(RATIOS, dtype=boxes.dtype).sqrt()
+    shapes = torch.stack((1 / root, root), 1)  # width and height of area 1
+    anchors = (torch.tensor(sides, dtype=boxes.dtype)[:, None, None] * shapes).flatten(0, 1)
+    both = torch.minimum(size[:, None], anchors).prod(2)
+    return (both / (size.prod(1)[:, None] + anchors.prod(1) - both)).max(1).values
+
+
+def fit_anchors(boxes: Tensor) -> list[float]:
+    """Sides s, 2 s, 4 s for the three levels; s has the best mean overlap with the boxes (K, 4)."""
+    sides = [[s, 2 * s, 4 * s] for s in range(6, 65)]
+    overlaps = torch.stack(
+        [anchor_overlap(boxes, list(map(float, three))).mean() for three in sides]
+    )
+    return list(map(float, sides[int(overlaps.argmax())]))
+
+
+# --- losses and predictions -------------------------------------------------------------------
+
+
+def losses(model: FasterRCNN, x: list[Tensor], y: list[dict]) -> dict[str, Tensor]:
+    """The four parts, by LOSSES' names, whose sum is minimised; the model has to be in train mode.
+
+    x: float pictures (3, H, W) in [0, 1]; y: for each "boxes" float (K, 4) and "labels" long (K,)
+    from 1 on, K may be 0. Each stage has the two parts of eq. 1: cross-entropy over sampled anchors
+    (in the second stage regions), and smooth L1 of the offsets of eq. 2 over those on a thing.
+    """
+    if not model.training:
+        raise RuntimeError("losses need train mode")
+    parts = model(x, y)
+    return {name: parts[f"loss_{name}"] for name in LOSSES}
+
+
+@torch.no_grad()
+def detect(model: FasterRCNN, x: list[Tensor]) -> list[dict[str, Tensor]]:
+    """For each picture "boxes" (K, 4), "labels" (K,), "scores" (K,), best first; in eval mode."""
+    if model.training:
+        raise RuntimeError("predictions need eval mode")
+    return [{name: part.cpu() for name, part in one.items()} for one in model(x)]
+
+
+def as_one_class(predictions: list[dict]) -> list[dict]:
+    """COCO's classes all taken for litter; of boxes that then overlap by half, the best stays."""
+    merged = []
+    for one in predictions:
+        stays = nms(one["boxes"], one["scores"], 0.5)
+        boxes, scores = one["boxes"][stays], one["scores"][stays]
+        labels = torch.ones(len(stays), dtype=torch.int64)
+        merged.append({"boxes": boxes, "labels": labels, "scores": scores})
+    return merged
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def coco_metrics(predictions: list[dict], y: list[dict]) -> tuple[dict, list[float]]:
+    """pycocotools' AP and AR over all pictures, clean ones too, and the precision at IoU 0.5.
+
+    The precision is at recall 0, 0.01, ..., 1, a mean over classes. Sizes are in pixels as the
+    network sees them: small below 32 x 32, large from 96 x 96 on. What has no boxes is None.
+    """
+    from pycocotools.cocoeval import COCOeval  # imported where it is used: it is slow
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(as_coco(y), as_coco(predictions), "bbox")
+        evaluation.params.imgIds = list(range(len(y)))
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    names += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+    stats = [float(value) if value >= 0 else None for value in evaluation.stats]
+    curve = evaluation.eval["precision"][0, :, :, 0, 2]  # (101, classes), -1 without boxes
+    curve = curve[:, (curve >= 0).all(0)]
+    precision = curve.mean(1).tolist() if curve.shape[1] else [0.0] * 101
+    return dict(zip(names, stats, strict=True)), precision
+
+
+def as_coco(pictures: list[dict]) -> object:
+    from pycocotools.coco import COCO
+
+    rows = []
+    for number, one in enumerate(pictures):
+        scores = one.get("scores", torch.ones(len(one["boxes"])))
+        for box, label, score in zip(
+            *(v.tolist() for v in (one["boxes"], one["labels"], scores)), strict=True
+        ):
+            x1, y1, x2, y2 = box
+            row = {"id": len(rows) + 1, "image_id": number, "category_id": label, "score": score}
+            row |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+            rows.append(row)
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number} for number in range(len(pictures))],
+        "annotations": rows,
+        "categories": [{"id": label} for label in sorted({row["category_id"] for row in rows})],
+    }
+    coco.createIndex()
+    return coco
+
+
+def match(prediction: dict, y: dict) -> Tensor:
+    """(K,) for each prediction, best first, the piece it found that no better one had; -1 if none.
+
+    Of the pieces of its class it takes the one it overlaps most, as pycocotools does.
+    """
+    overlap = box_iou(prediction["boxes"], y["boxes"])
+    overlap = overlap * (prediction["labels"][:, None] == y["labels"][None])
+    found = torch.full((len(overlap),), -1)
+    for place in range(len(overlap) if overlap.shape[1] else 0):
+        best = int(overlap[place].argmax())
+        if overlap[place, best] >= MATCH:
+            found[place] = best
+            overlap[:, best] = 0
+    return found
+
+
+class Counts(NamedTuple):
+    """What is counted at each confidence (T,) that a prediction has, highest first."""
+
+    confidence: Tensor
+    found: Tensor
+    predicted: Tensor
+    on_clean: Tensor  # predictions on pictures without litter
+    pieces: int  # in all
+    clean: int  # pictures without litter
+
+
+def count(predictions: list[dict], y: list[dict]) -> Counts:
+    scores = torch.cat([one["scores"] for one in predictions]).double()
+    found = torch.cat([match(*pair) >= 0 for pair in zip(predictions, y, strict=True)])
+    clean = torch.tensor([not len(one["boxes"]) for one in y])
+    on_clean = clean.repeat_interleave(torch.tensor([len(one["scores"]) for one in predictions]))
+    order = scores.argsort(descending=True, stable=True)
+    scores, found, on_clean = scores[order], found[order], on_clean[order]
+    last = torch.ones(len(scores), dtype=torch.bool)  # of those with one and the same confidence
+    last[:-1] = scores[:-1] != scores[1:]
+    return Counts(
+        confidence=scores[last],
+        found=found.cumsum(0)[last],
+        predicted=torch.arange(1, len(scores) + 1)[last],
+        on_clean=on_clean.cumsum(0)[last],
+        pieces=sum(len(one["boxes"]) for one in y),
+        clean=int(clean.sum()),
+    )
+
+
+def working_confidence(counts: Counts, max_false_alarms: float) -> float:
+    """That of the best F1 among those with at most so many false alarms per clean picture.
+
+    1 if there is none, so that nothing is reported.
+    """
+    f1 = 2 * counts.found / (counts.predicted + counts.pieces)
+    allowed = counts.on_clean <= max_false_alarms * counts.clean
+    f1 = torch.where(allowed, f1, -1)
+    if not allowed.any():
+        return 1.0
+    return float(counts.confidence[f1.argmax()])
+
+
+def at_confidence(counts: Counts, threshold: float) -> dict[str, float | None]:
+    """Precision, recall, F1, false alarms per clean picture of predictions from `threshold` on."""
+    place = int((counts.confidence >= threshold).sum()) - 1
+    columns = (counts.found, counts.predicted, counts.on_clean)
+    found, predicted, on_clean = (int(c[place]) if place >= 0 else 0 for c in columns)
+    return {
+        "precision": found / max(predicted, 1),
+        "recall": found / max(counts.pieces, 1),
+        "f1": 2 * found / max(predicted + counts.pieces, 1),
+        "false_alarms_per_clean_image": on_clean / counts.clean if counts.clean else None,
+    }
+
+
+def alarms_on(
+    confounders: list[dict], kept: list[dict], y: list[dict], kinds: int
+) -> tuple[list[int], list[int]]:
+    """By kind, how many confounders there are, and how many of them have a false alarm on them:
+    its centre lies in their box.
+    """
+    there, alarmed = torch.zeros(2, kinds, dtype=torch.int64)
+    for thing, one, truth in zip(confounders, kept, y, strict=True):
+        wrong = one["boxes"][match(one, truth) < 0]
+        centre = (wrong[:, None, :2] + wrong[:, None, 2:]) / 2
+        inside = ((centre > thing["boxes"][:, :2]) & (centre < thing["boxes"][:, 2:])).all(2).any(0)
+        there += torch.bincount(thing["labels"], minlength=kinds)
+        alarmed += torch.bincount(thing["labels"][inside], minlength=kinds)
+    return there.tolist(), alarmed.tolist()
+
+
+def above(prediction: dict, threshold: float) -> dict:
+    """The predictions of a picture whose confidence is at least `threshold`."""
+    return {name: part[prediction["scores"] >= threshold] for name, part in prediction.items()}
+
+
+def mistakes(kept: list[dict], y: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """False alarms (confidence, picture, box), surest first; missed pieces (best IoU with a
+    prediction, picture, box), largest first.
+    """
+    alarms, misses = [], []
+    for number, (one, truth) in enumerate(zip(kept, y, strict=True)):
+        found = match(one, truth)
+        wrong = found < 0
+        pairs = zip(one["scores"][wrong].tolist(), one["boxes"][wrong], strict=True)
+        alarms += [(score, number, box) for score, box in pairs]
+        overlap = box_iou(truth["boxes"], one["boxes"])
+        for place in sorted(set(range(len(overlap))) - set(found.tolist())):
+            best = float(overlap[place].max()) if overlap.shape[1] else 0.0
+            misses.append((best, number, truth["boxes"][place]))
+    alarms.sort(key=lambda one: -one[0])
+    misses.sort(key=lambda one: -float((one[2][2:] - one[2][:2]).prod()))
+    return alarms, misses

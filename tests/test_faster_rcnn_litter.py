@@ -1,0 +1,661 @@
+"""faster_rcnn_litter: what ports get wrong, metrics by brute force, bad data, and broken runs."""
+
+import copy
+import csv
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+
+from faster_rcnn_litter import data, scenes
+from faster_rcnn_litter.model import (
+    LOSSES,
+    Sampling,
+    above,
+    alarms_on,
+    anchor_overlap,
+    as_one_class,
+    at_confidence,
+    coco_metrics,
+    count,
+    detect,
+    fit_anchors,
+    freeze_batchnorm,
+    frozen_eps,
+    losses,
+    make_detector,
+    match,
+    mistakes,
+    mix_precision,
+    replace_head,
+    working_confidence,
+)
+
+TRAIN = Path(__file__).parent.parent / "faster_rcnn_litter" / "train.py"
+TINY = [
+    "--dataset", "scenes", "--device", "cpu", "--image_size", "96", "--scene_counts", "10,5,5",
+    "--epochs", "2", "--batch_size", "5", "--test_proposals", "20",
+]  # fmt: skip
+SAMPLING = Sampling(anchors=64, regions=16, proposals=30, test_proposals=20)
+
+
+def small(classes: int = 2, amp: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"classes": classes, "sampling": SAMPLING, "sides": [16.0, 32.0, 64.0]}
+    return mix_precision(make_detector("small", **options, coco=False), amp)
+
+
+def target(boxes: list, labels: list | None = None) -> dict[str, Tensor]:
+    return data.target(boxes, labels or [1] * len(boxes))
+
+
+def prediction(boxes: list, scores: list, labels: list | None = None) -> dict[str, Tensor]:
+    return target(boxes, labels) | {"scores": torch.tensor(scores, dtype=torch.float32)}
+
+
+def some_pictures() -> tuple[list[Tensor], list[dict]]:
+    torch.manual_seed(1)
+    x = [torch.rand(3, 96, 96), torch.rand(3, 64, 80)]
+    return x, [target([[10, 10, 40, 50], [50, 60, 80, 90]]), target([[5, 5, 30, 30]])]
+
+
+# --- the network ------------------------------------------------------------------------------
+
+
+def test_the_loss_has_four_parts_and_each_teaches_its_own_layer():
+    model = small().train()
+    parts = losses(model, *some_pictures())
+    assert tuple(parts) == LOSSES and len(parts) == 4
+    head, predictor = model.rpn.head.inner, model.roi_heads.box_predictor
+    layers = [head.cls_logits, head.bbox_pred, predictor.cls_score, predictor.bbox_pred]
+    for part, own in zip(parts.values(), layers, strict=True):
+        model.zero_grad()
+        part.backward(retain_graph=True)
+        reached = [layer.weight.grad is not None and layer.weight.grad.any() for layer in layers]
+        assert reached == [layer is own for layer in layers]
+
+
+def test_a_batch_without_any_litter_has_a_finite_loss_and_gradient():
+    model = small().train()
+    x, _ = some_pictures()
+    parts = losses(model, x, [target([]), target([])])
+    sum(parts.values()).backward()
+    assert parts["box_reg"] == 0 and parts["rpn_box_reg"] == 0 and parts["classifier"] > 0
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+
+
+def test_losses_need_train_mode_and_predictions_eval_mode():
+    x, y = some_pictures()
+    with pytest.raises(RuntimeError, match="train mode"):
+        losses(small().eval(), x, y)
+    with pytest.raises(RuntimeError, match="eval mode"):
+        detect(small().train(), x)
+
+
+def test_predictions_are_litter_inside_their_picture_and_nothing_is_resized():
+    model, seen = small().eval(), []
+    model.backbone.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    x, _ = some_pictures()
+    for picture, one in zip(x, detect(model, x), strict=True):
+        assert set(one["labels"].tolist()) == {1}  # 0 is background
+        assert (one["boxes"] >= 0).all() and (one["scores"].diff() <= 0).all()
+        assert (one["boxes"].amax(0)[2:] <= torch.tensor(picture.shape[:0:-1])).all()
+    assert seen == [(2, 3, 96, 96)]  # the smaller one padded
+
+
+def test_boxes_stay_in_float32_under_bfloat16():
+    model, plain = small(amp=True).eval(), small().eval()
+    x, _ = some_pictures()
+    one, other = detect(model, x)[0], detect(plain, x)[0]
+    assert one["boxes"].dtype == one["scores"].dtype == torch.float32
+    features = model.backbone(torch.rand(1, 3, 64, 64))
+    assert all(part.dtype == torch.float32 for part in features.values())
+    assert not torch.equal(one["scores"], other["scores"])  # the convolutions do round
+    assert one["boxes"].frac().mul(256).frac().any()  # no coordinate of bfloat16
+
+
+def test_anchors_have_their_sides_and_ratios():
+    cells = small().rpn.anchor_generator.cell_anchors
+    for cell, side in zip(cells, (16, 32, 64), strict=True):
+        size = cell[:, 2:] - cell[:, :2]
+        assert size.prod(1).sqrt().tolist() == pytest.approx([side] * 3, rel=0.05)
+        assert (size[:, 1] / size[:, 0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.1)
+
+
+def test_anchor_overlap_is_the_iou_of_centred_boxes():
+    torch.manual_seed(0)
+    size = 5 + 60 * torch.rand(20, 2, dtype=torch.float64)
+    boxes = torch.cat((100 - size / 2, 100 + size / 2), 1)
+    shapes = [(s / r**0.5, s * r**0.5) for s in (16, 40) for r in (0.5, 1, 2)]
+    anchors = torch.tensor(
+        [[100 - w / 2, 100 - h / 2, 100 + w / 2, 100 + h / 2] for w, h in shapes]
+    )
+    expected = box_iou(boxes, anchors.double()).max(1).values
+    assert torch.allclose(anchor_overlap(boxes, [16.0, 40.0]), expected)
+
+
+def test_anchors_fit_the_boxes():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 20], [0, 0, 40, 40], [5, 5, 12, 19]])
+    assert fit_anchors(boxes) == [10.0, 20.0, 40.0]
+
+
+def test_frozen_batch_normalisation_keeps_its_statistics_and_its_function():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4, eps=0.1)))
+    model(1 + torch.rand(8, 3, 9, 9))  # the running statistics are no longer 0 and 1
+    x = torch.rand(2, 3, 9, 9)
+    expected = copy.deepcopy(model).eval()(x)
+    freeze_batchnorm(model)
+    before = copy.deepcopy(model.state_dict())
+    for mode in (True, False):
+        assert torch.allclose(model.train(mode)(x), expected, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert frozen_eps(model) == 0.1 and frozen_eps(small()) is None
+
+
+def test_coco_weights_are_loaded_frozen_and_get_a_new_head(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    published = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    file = get_model_weights(name).DEFAULT.url.rsplit("/", 1)[-1]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(published.state_dict(), tmp_path / "checkpoints" / file)
+    monkeypatch.setattr(data, "reachable", lambda url: pytest.fail("the file is there"))
+    hub = torch.hub.get_dir()
+    try:
+        data.find_coco_weights("mobilenet_v3_large_320_fpn", tmp_path)
+        options = {"classes": 2, "sampling": SAMPLING, "sides": [1.0]}
+        model = make_detector("mobilenet_v3_large_320_fpn", **options, coco=True)
+    finally:
+        torch.hub.set_dir(hub)
+    loaded, state = model.state_dict(), published.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+    assert not [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    replace_head(model, 2)
+    x, y = some_pictures()
+    sum(losses(model.train(), x, y).values()).backward()
+    assert {one["labels"].max().item() for one in detect(model.eval(), x)} <= {1}
+    after = model.state_dict()
+    assert all(torch.equal(after[key], loaded[key]) for key in after if "box_predictor" not in key)
+    assert [part for part in model.modules() if isinstance(part, FrozenBatchNorm2d)]
+    assert after["roi_heads.box_predictor.cls_score.weight"].shape == (2, 1024)
+
+
+def test_without_file_and_network_coco_weights_are_missed_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "reachable", lambda url: False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(data.DataError, match=r"checkpoints/fasterrcnn_resnet50_fpn_coco.* is not"):
+        data.find_coco_weights("resnet50_fpn", tmp_path)
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def random_case(seed: int, pictures: int = 30) -> tuple[list[dict], list[dict]]:
+    """Predictions near the truth and elsewhere; a third of the pictures are clean."""
+    rng = np.random.default_rng(seed)
+    predictions, y = [], []
+    for number in range(pictures):
+        corner = rng.uniform(0, 150, (rng.integers(1, 5) if number % 3 else 0, 2))
+        boxes = np.concatenate((corner, corner + rng.uniform(20, 60, corner.shape)), 1)
+        near = boxes + rng.normal(0, 4, boxes.shape)
+        corner = rng.uniform(0, 150, (rng.integers(0, 3), 2))
+        wrong = np.concatenate((corner, corner + 30), 1)
+        scores = np.concatenate((rng.uniform(0.3, 1, len(near)), rng.uniform(0, 0.8, len(wrong))))
+        order = np.argsort(-scores, kind="stable")
+        boxes_found = np.concatenate((near, wrong))[order]
+        predictions.append(prediction(boxes_found.tolist(), scores[order].tolist()))
+        y.append(target(boxes.tolist()))
+    return predictions, y
+
+
+def brute_force_hits(predictions: list[dict], y: list[dict], iou: float) -> list[tuple]:
+    """(score, is a hit) of all predictions, best first."""
+    rows = []
+    for one, truth in zip(predictions, y, strict=True):
+        free = list(range(len(truth["boxes"])))
+        for box, score in zip(one["boxes"], one["scores"].tolist(), strict=True):
+            overlaps = {i: float(box_iou(box[None], truth["boxes"][i][None])) for i in free}
+            best = max(overlaps, key=overlaps.get, default=None)
+            hit = best is not None and overlaps[best] >= iou
+            if hit:
+                free.remove(best)
+            rows.append((score, hit))
+    return sorted(rows, key=lambda row: -row[0])
+
+
+def brute_force_ap(predictions: list[dict], y: list[dict], iou: float) -> float:
+    pieces = sum(len(one["boxes"]) for one in y)
+    found, points = 0, []
+    for number, (_, hit) in enumerate(brute_force_hits(predictions, y, iou), start=1):
+        found += hit
+        points.append((found / pieces, found / number))
+    levels = [
+        max((p for r, p in points if r >= level), default=0) for level in np.linspace(0, 1, 101)
+    ]
+    return sum(levels) / 101
+
+
+def test_average_precision_is_its_definition():
+    predictions, y = random_case(0)
+    metrics, precision = coco_metrics(predictions, y)
+    expected = [brute_force_ap(predictions, y, 0.5 + 0.05 * i) for i in range(10)]
+    assert metrics["ap50"] == pytest.approx(expected[0], abs=1e-6)
+    assert metrics["ap75"] == pytest.approx(expected[5], abs=1e-6)
+    assert metrics["ap"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert np.mean(precision) == pytest.approx(expected[0], abs=1e-6)
+    assert metrics["ap_large"] is None  # there is no large box
+
+
+def test_false_alarms_on_clean_pictures_lower_the_average_precision():
+    y = [target([[10, 10, 40, 40]]), target([])]
+    right = prediction([[10, 10, 40, 40]], [0.5])
+    quiet, loud = prediction([], []), prediction([[0, 0, 30, 30]], [0.9])
+    assert coco_metrics([right, quiet], y)[0]["ap"] == pytest.approx(1)
+    assert coco_metrics([right, loud], y)[0]["ap"] == pytest.approx(0.5)
+    assert coco_metrics([quiet, quiet], y)[0]["ap"] == 0
+
+
+def test_a_piece_is_found_once_and_by_a_prediction_of_its_class():
+    truth = target([[0, 0, 10, 10], [50, 50, 70, 70]], [1, 2])
+    boxes = [[0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 70, 70], [50, 50, 70, 69]]
+    one = prediction(boxes, [0.9, 0.8, 0.7, 0.6], [1, 1, 1, 2])
+    assert match(one, truth).tolist() == [0, -1, -1, 1]
+    assert match(one, target([])).tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("limit", [0, 0.1, 0.25, 10])
+def test_the_working_confidence_is_the_best_of_all_that_are_allowed(limit):
+    predictions, y = random_case(3)
+    counts = count(predictions, y)
+    clean = [not len(one["boxes"]) for one in y]
+    best = (-1.0, 1.0)
+    for threshold in sorted({float(s) for one in predictions for s in one["scores"]}):
+        kept = [above(one, threshold) for one in predictions]
+        found = sum(hit for _, hit in brute_force_hits(kept, y, 0.5))
+        predicted, pieces = sum(len(one["scores"]) for one in kept), counts.pieces
+        alarms = sum(len(one["scores"]) for one, c in zip(kept, clean, strict=True) if c)
+        expected = {
+            "precision": found / predicted,
+            "recall": found / pieces,
+            "f1": 2 * found / (predicted + pieces),
+            "false_alarms_per_clean_image": alarms / sum(clean),
+        }
+        assert at_confidence(counts, threshold) == pytest.approx(expected)
+        if alarms <= limit * sum(clean):
+            best = max(best, (expected["f1"], threshold))
+    assert working_confidence(counts, limit) == best[1]
+
+
+def test_where_no_confidence_is_allowed_nothing_is_reported():
+    counts = count([prediction([[0, 0, 9, 9]], [0.9])], [target([])])
+    assert working_confidence(counts, 0) == 1
+    assert at_confidence(counts, 1.0)["false_alarms_per_clean_image"] == 0
+
+
+def test_false_alarms_are_laid_to_the_confounder_they_lie_on():
+    y = [target([[0, 0, 10, 10]]), target([])]
+    kept = [prediction([[0, 0, 10, 10]], [0.9]), prediction([[40, 40, 60, 60]], [0.8])]
+    things = [target([[0, 0, 10, 10]], [2]), target([[45, 45, 70, 70], [0, 0, 20, 20]], [2, 0])]
+    assert alarms_on(things, kept, y, 4) == ([1, 0, 2, 0], [0, 0, 1, 0])
+
+
+def test_mistakes_are_sorted_and_complete():
+    y = [target([[0, 0, 10, 10], [50, 50, 90, 90], [200, 200, 280, 280]]), target([])]
+    one = prediction([[0, 0, 10, 9], [70, 70, 90, 90]], [0.5, 0.4])
+    alarms, misses = mistakes([one, prediction([[1, 1, 9, 9]], [0.7])], y)
+    assert [(round(score, 3), number) for score, number, _ in alarms] == [(0.7, 1), (0.4, 0)]
+    assert [box.tolist()[0] for _, _, box in misses] == [200, 50]  # largest first
+    assert [best for best, _, _ in misses] == pytest.approx([0, 0.25])
+
+
+def test_any_class_of_coco_counts_as_litter_once():
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]
+    (one,) = as_one_class([prediction(boxes, [0.9, 0.8, 0.7], [44, 47, 1])])
+    assert one["labels"].tolist() == [1, 1] and one["scores"].tolist() == pytest.approx([0.9, 0.7])
+
+
+# --- scenes -----------------------------------------------------------------------------------
+
+
+def draw(number: int = 0, count: int = 15, classes: tuple = ("litter",), seed: int = 0) -> tuple:
+    return scenes.draw_split(number, size=96, count=count, classes=classes, seed=seed)
+
+
+def test_boxes_are_those_of_the_pixels_that_show_the_thing(monkeypatch):
+    owners, cover = [], scenes.cover
+
+    def spy(scene, owner, leaves, rng):
+        before = np.bincount(owner.ravel(), minlength=9)
+        cover(scene, owner, leaves, rng)
+        after = np.bincount(owner.ravel(), minlength=9)
+        assert (2 * after >= before)[1:].all()  # at least half of each is seen
+        owners.append(owner)
+
+    monkeypatch.setattr(scenes, "cover", spy)
+    _, truth, confounders = draw(count=20)
+    for owner, litter, others in zip(owners, truth, confounders, strict=True):
+        expected = set()
+        for number in range(1, owner.max() + 1):
+            rows, columns = np.nonzero(owner == number)
+            expected.add((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        boxes = torch.cat((litter["boxes"], others["boxes"])).tolist()
+        assert {tuple(map(int, box)) for box in boxes} == expected
+    assert any(len(one["boxes"]) > 1 for one in truth)
+
+
+def test_a_thing_is_drawn_where_its_box_is():
+    scene, owner = Image.new("RGB", (96, 96)), np.zeros((96, 96), np.int8)
+    sprite = Image.new("RGBA", (30, 20), (250, 0, 0, 255))
+    assert scenes.put(scene, owner, sprite, np.random.default_rng(0))
+    assert np.array_equal(np.asarray(scene)[..., 0] == 250, owner == 1)
+    assert (owner == 1).any()
+
+
+def test_every_fifth_scene_is_clean_and_labels_begin_at_one():
+    _, truth, confounders = draw(count=20)
+    assert [not len(one["boxes"]) for one in truth] == [i % 5 == 0 for i in range(20)]
+    assert all(one["boxes"].shape[1:] == (4,) and one["boxes"].is_floating_point() for one in truth)
+    assert {label for one in truth for label in one["labels"].tolist()} == {1}
+    assert sum(len(one["boxes"]) for one in confounders) > 5
+    materials = ("glass", "metal", "paper", "plastic")
+    _, truth, _ = draw(count=20, classes=materials)
+    assert {label for one in truth for label in one["labels"].tolist()} == {1, 2, 3, 4}
+
+
+def test_scenes_hang_on_seed_and_split_and_share_no_ground(monkeypatch):
+    columns, ground = [], scenes.ground
+
+    def spy(rng, photos, size):
+        columns.append({row.tobytes() for photo in photos for row in np.asarray(photo).T})
+        return ground(rng, photos, size)
+
+    monkeypatch.setattr(scenes, "ground", spy)
+    x = [draw(number, 1)[0] for number in (0, 1, 2, 0)]
+    assert torch.equal(x[0], x[3]) and not torch.equal(x[0], x[1])
+    for one, other in itertools.combinations(columns[:3], 2):
+        assert one and not one & other
+
+
+# --- photographs ------------------------------------------------------------------------------
+
+
+def write_photo(path: Path, seed: int, size: tuple = (64, 48), **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size).save(path, **options)
+
+
+def image_xml(name: str, boxes: str, width: int = 64, height: int = 48) -> str:
+    return f'<image id="0" name="{name}" width="{width}" height="{height}">{boxes}</image>'
+
+
+def box_xml(x1: float, y1: float, x2: float, y2: float, label: str = "litter") -> str:
+    return f'<box label="{label}" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}"></box>'
+
+
+def write_folder(folder: Path, count: int = 20) -> Path:
+    """litter/ with annotations.xml, every fourth picture without a box, and clean/."""
+    images = []
+    for number in range(count):
+        write_photo(folder / "litter" / f"{number:02}.png", number)
+        boxes = box_xml(8, 6, 40, 30) if number % 4 else ""
+        images.append(image_xml(f"{number:02}.png", boxes))
+    (folder / "litter" / "annotations.xml").write_text(
+        f"<annotations>{''.join(images)}</annotations>"
+    )
+    for number in range(8):
+        write_photo(folder / "clean" / f"clean{number}.png", 100 + number)
+    return folder
+
+
+def load(folder: Path, **changes) -> data.Data:
+    options = {"image_size": 64, "classes": ("litter",), "scene_pattern": "", "seed": 0} | changes
+    options |= {"scene_counts": (2, 2, 2), "draw": scenes.draw_split}
+    return data.load(dataset="auto", data_dir=folder, **options)
+
+
+def all_of(found: data.Data) -> dict[str, dict]:
+    parts = (found.train, found.val, found.test)
+    return {name: y for part in parts for name, y in zip(part.names, part.y, strict=True)}
+
+
+def test_pictures_without_boxes_stay_and_each_split_has_some(tmp_path):
+    found = load(write_folder(tmp_path / "forest"))
+    assert len(all_of(found)) == 28
+    for part in (found.train, found.val, found.test):
+        empty = [y for y in part.y if not len(y["boxes"])]
+        assert empty and len(empty) < len(part.y)
+        assert all(y["boxes"].shape == (0, 4) and y["boxes"].is_floating_point() for y in empty)
+
+
+def test_boxes_are_scaled_with_their_picture_by_its_own_two_factors(tmp_path):
+    folder = tmp_path / "mine"
+    for number, size in enumerate([(640, 480), (100, 200), (48, 64)] * 3):
+        write_photo(folder / f"{number}.jpg", number, size)
+    images = [image_xml(f"{n}.jpg", box_xml(100, 50, 300, 250), 1000, 500) for n in range(9)]
+    (folder / "annotations.xml").write_text(f"<a>{''.join(images)}</a>")
+    boxes = all_of(load(folder, image_size=64))
+    assert boxes["0.jpg"]["boxes"].tolist() == [pytest.approx([6.4, 4.8, 19.2, 24])]  # 64 x 48
+    assert boxes["1.jpg"]["boxes"].tolist() == [pytest.approx([3.2, 6.4, 9.6, 32])]  # 32 x 64
+    assert boxes["2.jpg"]["boxes"].tolist() == [pytest.approx([4.8, 6.4, 14.4, 32])]  # as it was
+
+
+@pytest.mark.parametrize(("annotated", "turned"), [((40, 80), True), ((80, 40), False)])
+def test_exif_orientation_is_respected_as_the_boxes_were_drawn(tmp_path, annotated, turned):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[8:16, 48:72] = 255  # rows and columns as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    picture, size = data.read_photo(tmp_path / "a.png", 40, annotated)
+    assert size == annotated and picture.size == (annotated[0] / 2, annotated[1] / 2)
+    rows, columns = np.nonzero(np.asarray(picture)[..., 0] > 128)
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert box == ((12, 24, 16, 36) if turned else (24, 4, 36, 8))
+
+
+def test_outside_and_degenerate_boxes_are_clipped_or_dropped_and_counted(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    path = folder / "litter" / "annotations.xml"
+    spoilt = [box_xml(-9, 10, 30, 60), box_xml(5, 5, 5, 20), box_xml(70, 5, 90, 20)]
+    good = image_xml("05.png", box_xml(8, 6, 40, 30))
+    path.write_text(path.read_text().replace(good, image_xml("05.png", "".join(spoilt))))
+    found = load(folder)
+    assert "1 boxes clipped to their photograph, the first in 05.png" in found.note
+    assert "2 boxes dropped as empty, the first in 05.png" in found.note
+    assert all_of(found)["05.png"]["boxes"].tolist() == [[0, 10, 30, 48]]
+
+
+def test_coco_json_is_read_like_cvat_xml(tmp_path):
+    xml, coco = write_folder(tmp_path / "xml"), write_folder(tmp_path / "json")
+    (coco / "litter" / "annotations.xml").unlink()
+    images = [{"id": n, "file_name": f"{n:02}.png", "width": 64, "height": 48} for n in range(20)]
+    boxes = [{"image_id": n, "category_id": 7, "bbox": [8, 6, 32, 24]} for n in range(20) if n % 4]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "x"}]}
+    (coco / "litter" / "instances.json").write_text(json.dumps(content))
+    one, other = all_of(load(xml)), all_of(load(coco))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name]["boxes"], other[name]["boxes"])
+        assert torch.equal(one[name]["labels"], other[name]["labels"])
+
+
+def test_two_pictures_of_one_scene_stay_on_one_side(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    pixels = np.asarray(Image.open(folder / "clean" / "clean0.png")).astype(int)
+    for number in range(1, 8):  # the same place in another light
+        bright = (0.8 * pixels + 5 * number).clip(0, 255).astype(np.uint8)
+        Image.fromarray(bright).save(folder / "clean" / f"clean{number}.png")
+    for seed in range(4):
+        found = load(folder, seed=seed, scene_pattern="^0")
+        for alike in ("clean", "0"):
+            sides = [
+                number
+                for number, part in enumerate(found[2:5])
+                if any(name.startswith(alike) for name in part.names)
+            ]
+            assert len(sides) == 1, alike
+        assert sum(len(part.names) for part in found[2:5]) == 28
+
+
+def test_test_txt_fixes_the_test_set_and_its_scenes_leave_training(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    (folder / "test.txt").write_text("01.png\n02.png\n")
+    shutil.copy(folder / "litter" / "01.png", folder / "clean" / "again.png")
+    found = load(folder)
+    assert sorted(found.test.names) == ["01.png", "02.png"]
+    assert "again.png" not in found.train.names + found.val.names
+    assert "1 left out of training" in found.note
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("</annotations>", "", "annotations.xml: cannot be read"),
+        ('xtl="8"', 'xtl="left"', "annotations.xml: cannot be read: .*left"),
+        ('xtl="8"', 'x="8"', "annotations.xml: expected another form: .*xtl"),
+        ('xtl="8"', 'xtl="nan"', "image '01.png': impossible size or box"),
+        ('width="64"', 'width="0"', "image '00.png': impossible size or box"),
+        ('name="01.png"', 'name="00.png"', "image '00.png' is annotated twice"),
+        (".png", ".gif", "none of the 20 annotated photographs is there"),
+        ("<box", "<polygon", "no photograph of the split 'train' has a box"),
+    ],
+)
+def test_bad_annotations_are_named(tmp_path, old, new, complaint):
+    folder = write_folder(tmp_path / "forest")
+    path = folder / "litter" / "annotations.xml"
+    path.write_text(
+        path.read_text()
+        .replace(old, new)
+        .replace("</box", f"</{new[1:]}" if "poly" in new else "</box")
+    )
+    if "gif" in new:
+        shutil.rmtree(folder / "clean")
+    with pytest.raises(data.DataError, match=complaint):
+        load(folder)
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path):
+    with pytest.raises(data.DataError, match="label 'litter' is no class"):
+        load(write_folder(tmp_path / "forest"), classes=("glass", "metal"))
+
+
+def test_unreadable_and_missing_photographs_are_left_out_and_counted(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    photo = folder / "litter" / "05.png"
+    photo.write_bytes(photo.read_bytes()[:200])
+    (folder / "litter" / "06.png").unlink()
+    found = load(folder)
+    assert "1 unreadable photographs left out, the first: 05.png" in found.note
+    assert "1 named photographs are not there, as 06.png" in found.note
+    assert len(all_of(found)) == 26
+
+
+def test_the_second_start_reads_what_the_first_decoded(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "forest")
+    first = load(folder)
+    monkeypatch.setattr(data, "read_photo", None)
+    assert all(map(torch.equal, first.test.x, load(folder).test.x))
+
+
+def test_without_photographs_scenes_stand_in_and_say_so(tmp_path):
+    found = load(tmp_path, image_size=64)
+    assert found.name == "scenes" and "stand in" in found.note
+    with pytest.raises(data.DataError, match="found none"):
+        data.load_folder(tmp_path, 64, ("litter",), "", 0)
+
+
+def test_a_box_moves_with_its_picture():
+    torch.manual_seed(0)
+    x = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    x[:, 20:40, 15:55] = 255
+    y, shapes = target([[15, 20, 55, 40]]), set()
+    for _ in range(60):
+        picture, moved = data.augment(x, y, jitter=1.5)
+        shapes.add(picture.shape)
+        assert picture.shape[1] <= 60 and picture.shape[2] <= 90
+        rows, columns = (picture[0] > 0.5).nonzero().T
+        seen = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        assert (moved["boxes"][0] - seen).abs().max() <= 1
+    assert len(shapes) > 5 and y["boxes"].tolist() == [[15, 20, 55, 40]]
+
+
+def test_a_box_that_is_nearly_cut_off_goes():
+    torch.manual_seed(0)
+    x, y = torch.zeros(3, 60, 60, dtype=torch.uint8), target([[0, 0, 6, 6]])
+    kept = [len(data.augment(x, y, jitter=2.0)[1]["boxes"]) for _ in range(40)]
+    assert set(kept) == {0, 1}
+
+
+# --- whole runs -------------------------------------------------------------------------------
+
+
+def start(*flags: str, cwd: Path) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, str(TRAIN), *flags], cwd=cwd, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen, cwd: Path) -> tuple[dict, Path]:
+    """metrics.json of a run that has to succeed, but for its timing, and its folder."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    folder = cwd / output.splitlines()[-1]
+    report = json.loads((folder / "metrics.json").read_text())
+    report["metrics"].pop("timing", None)
+    return report["metrics"] | {"headline": report["headline"]}, folder
+
+
+def copy_after_an_epoch(process: subprocess.Popen, out_dir: Path, to: Path) -> None:
+    """What a run that is killed after its first epoch leaves; the run itself goes on."""
+    while not list(out_dir.glob("*/history.csv")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    (folder,) = out_dir.iterdir()
+    shutil.copytree(folder, to)
+    process.send_signal(signal.SIGCONT)
+
+
+def test_a_run_cut_short_ends_like_an_unbroken_one_and_finds_litter(tmp_path):
+    unbroken = start(*TINY, "--data_dir", "scenes", "--out_dir", "out", cwd=tmp_path)
+    copy_after_an_epoch(unbroken, tmp_path / "out", tmp_path / "cut")
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    metrics, folder = finish(unbroken, tmp_path)
+    resumed, again = finish(start("--resume", "cut", cwd=tmp_path), tmp_path)
+    assert again == tmp_path / "cut" and resumed == metrics
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for row in rows:
+        parts = sum(float(row[name]) for name in LOSSES)
+        assert float(row["train_loss"]) == pytest.approx(parts)
+    assert (folder / "examples.png").exists() and (folder / "detector.pt").exists()
+
+    write_photo(tmp_path / "photos" / "big.jpg", 0, (400, 300))
+    flags = ["--predict", "photos", "--weights", str(folder / "detector.pt"), "--out_dir", "mine"]
+    _, found = finish(start(*flags, cwd=tmp_path), tmp_path)
+    assert {"big-litter.png", "boxes.csv", "metrics.json"} <= {p.name for p in found.iterdir()}
+    header = (found / "boxes.csv").read_text().splitlines()[0]
+    assert header == "file,class,confidence,x1,y1,x2,y2"
+
+
+def test_bad_data_ends_a_run_in_one_line(tmp_path):
+    flags = ["--dataset", "folder", "--data_dir", "nowhere", "--out_dir", "out"]
+    process = start(*flags, cwd=tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("error: nowhere: expected annotations.xml") and errors.count("\n") == 1
