@@ -312,13 +312,13 @@ def test_killed_and_resumed_is_unbroken_and_the_numbers_are_those_of_the_weights
 def test_bad_data_ends_a_run_in_one_line(tmp_path):
     flags = ["--dataset", "mnist_folder", "--folder_dir", "nowhere", "--out_dir", "out"]
     process = start(*flags, cwd=tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.startswith("error: ") and "nowhere" in errors and errors.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     process = start(*TINY, "--lr", "1e30", "--out_dir", "out", cwd=tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.startswith("error: autoencoder-x epoch 1: the loss is not finite at step")

@@ -364,7 +364,7 @@ def start(*flags: str, cwd: Path) -> subprocess.Popen:
 
 def report_of(process: subprocess.Popen, cwd: Path) -> tuple[Path, dict]:
     """The folder of a run that has to succeed, and its numbers but for the speed."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     folder = cwd / output.splitlines()[-1]
     report = json.loads((folder / "metrics.json").read_text())
@@ -406,6 +406,6 @@ def test_a_run_killed_in_every_stage_ends_like_an_unbroken_one_and_can_be_used(t
 
 def test_bad_data_ends_a_run_in_one_line(tmp_path):
     flags = ["--dataset", "csv", "--csv_file", "no.csv", "--data_dir", "d", "--out_dir", "out"]
-    _, errors = (process := start(*flags, cwd=tmp_path)).communicate(timeout=60)
+    _, errors = (process := start(*flags, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 1
     assert errors == "error: no.csv: there is no such file\n"

@@ -399,7 +399,7 @@ def test_own_weights_of_a_torchvision_network(tmp_path):
 )
 def test_a_mistake_is_named_in_one_line(tmp_path, flags, status, complaint):
     process = start(*flags, "--out_dir", "runs", "--device", "cpu", cwd=tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status
     assert complaint in errors and len(errors.splitlines()) == 1
     assert status == 1 or not (tmp_path / "runs").exists()

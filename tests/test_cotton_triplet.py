@@ -297,7 +297,7 @@ def start(*flags: str, cwd: Path) -> subprocess.Popen:
 
 def metrics_of(process: subprocess.Popen, cwd: Path) -> dict:
     """What metrics.json of a run that has to succeed says, but for its speed."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     report = json.loads((cwd / output.splitlines()[-1] / "metrics.json").read_text())
     del report["metrics"]["timing"]
@@ -356,6 +356,6 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
 )
 def test_a_run_that_cannot_go_on_ends_in_one_line(tmp_path, flags, complaint):
     process = start(*flags, "--out_dir", "out", cwd=tmp_path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.startswith("error: ") and complaint in errors and len(errors.splitlines()) == 1

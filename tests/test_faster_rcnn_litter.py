@@ -612,7 +612,7 @@ def start(*flags: str, cwd: Path) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, cwd: Path) -> tuple[dict, Path]:
     """metrics.json of a run that has to succeed, but for its timing, and its folder."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     folder = cwd / output.splitlines()[-1]
     report = json.loads((folder / "metrics.json").read_text())
@@ -656,6 +656,6 @@ def test_a_run_cut_short_ends_like_an_unbroken_one_and_finds_litter(tmp_path):
 def test_bad_data_ends_a_run_in_one_line(tmp_path):
     flags = ["--dataset", "folder", "--data_dir", "nowhere", "--out_dir", "out"]
     process = start(*flags, cwd=tmp_path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.startswith("error: nowhere: expected annotations.xml") and errors.count("\n") == 1

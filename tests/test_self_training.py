@@ -325,7 +325,7 @@ def start(*flags: str, cwd: Path) -> subprocess.Popen:
 
 
 def folder_of(process: subprocess.Popen, cwd: Path) -> Path:
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return cwd / output.splitlines()[-1]
 
@@ -405,7 +405,7 @@ def test_the_test_set_decides_nothing_and_a_broken_picture_is_left_out(tmp_path)
         flags = ["--data_dir", f"data{seed}", "--val_per_class", "4", "--out_dir", f"runs{seed}"]
         runs.append(start(*FOLDER, *flags, cwd=tmp_path))
     (tmp_path / "data2" / "test" / "below" / "5.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    output, errors = runs[1].communicate(timeout=120)
+    output, errors = runs[1].communicate(timeout=300)
     assert runs[1].returncode == 0, errors
     first, second = folder_of(runs[0], tmp_path), tmp_path / output.splitlines()[-1]
     tables = [list(csv.DictReader((run / "history.csv").open())) for run in (first, second)]
@@ -437,6 +437,6 @@ def test_mistakes_end_a_run_in_one_line(tmp_path):
     absent = start(*FOLDER, "--data_dir", "nowhere", "--out_dir", "runs", cwd=tmp_path)
     wrong = start("--add_per_round", "2.5", "--out_dir", "runs", cwd=tmp_path)
     for process, status, complaint in ((absent, 1, "nowhere"), (wrong, 2, "whole number")):
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == status
         assert complaint in errors and len(errors.splitlines()) == 1

@@ -477,6 +477,6 @@ def test_bad_data_end_in_one_line(tmp_path):
     (tmp_path / "bad.csv").write_text(CSV + "5,a\n")
     flags = ["--dataset", "csv", "--csv_file", "bad.csv", "--label_column", "kind"]
     process = start(*flags, "--out_dir", "runs", cwd=tmp_path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.splitlines() == ["error: bad.csv, line 6: expected 4 values, found 2"]
