@@ -29,6 +29,7 @@ def plot_curves(
         own, pca = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
         axes.axhline(pca, color=BASELINE, linestyle="--", label="PCA, test")
         axes.set(yscale="log", xlabel="epoch", ylabel="MSE, pixels in [0, 1]")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {pca:.5f}", fontsize=11)
         axes.legend(fontsize=9)
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})

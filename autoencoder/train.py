@@ -502,13 +502,13 @@ def draw(
         methods_shown = ("trained_on_x", "trained_on_y", f"pca_of_{name}")
         outputs = {row: rows[row][name](x).clamp(0, 1).cpu() for row in methods_shown}
         shown[name] = {"original": x.cpu()} | outputs
-        for number in range(3):
+        for number in range(2):
             ends = as_float(images.test.x[2 * number : 2 * number + 2])
             between = models[name].interpolate(ends, 10).clamp(0, 1)
             line = torch.cat((ends[:1], between, ends[1:])).cpu()
             lines[f"{images.name} {number + 1}"] = line
     plot_reconstructions(shown, numbers, names, run / "reconstructions.png")
-    title = "from one test image's code to another's, between the two originals"
+    title = "from one test image to another through their codes"
     title = f"{' and '.join(names.values())}: {title}"
     plot_pictures(lines, title, run / "interpolation.png")
 
