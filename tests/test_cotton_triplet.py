@@ -305,10 +305,10 @@ def metrics_of(process: subprocess.Popen, cwd: Path) -> dict:
 
 
 def kill_in(stage: str, process: subprocess.Popen, out_dir: Path) -> Path:
-    """Kill the run once the first epoch of `stage` has been recorded; its folder."""
+    """Kill the run at the second row of `stage`: its checkpoint has the first. Its folder."""
     while process.poll() is None:
         for table in out_dir.glob("*/history.csv"):
-            if f"\n{stage}" in table.read_text():
+            if table.read_text().count(f"\n{stage},") > 1:
                 process.kill()
                 process.wait()
                 return table.parent
