@@ -372,11 +372,18 @@ def report_of(process: subprocess.Popen, cwd: Path) -> tuple[Path, dict]:
     return folder, report["metrics"] | report["headline"]
 
 
+def is_newer(path: Path, other: Path) -> bool:
+    """Whether the checkpoint was written after the table: only then is there a state to restore."""
+    return path.exists() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+
+
 def kill_in(stage: str, process: subprocess.Popen, out_dir: Path) -> Path:
     """Kill the run once the first epoch of `stage` has been recorded; its folder."""
     while process.poll() is None:
         for table in out_dir.glob("*/history.csv"):
-            if f"\n{stage},1" in table.read_text():
+            if f"\n{stage},1" in table.read_text() and is_newer(
+                table.with_name("history.pt"), table
+            ):
                 process.kill()
                 process.wait()
                 return table.parent

@@ -622,7 +622,7 @@ def finish(process: subprocess.Popen, cwd: Path) -> tuple[dict, Path]:
 
 def copy_after_an_epoch(process: subprocess.Popen, out_dir: Path, to: Path) -> None:
     """What a run that is killed after its first epoch leaves; the run itself goes on."""
-    while not list(out_dir.glob("*/history.csv")):
+    while not list(out_dir.glob("*/history.pt")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
