@@ -11,6 +11,7 @@ import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 
 
@@ -30,8 +31,8 @@ def plot_curves(
         axes.axhline(pca, color=BASELINE, linestyle="--", label="PCA, test")
         axes.set(yscale="log", xlabel="epoch", ylabel="MSE, pixels in [0, 1]")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {pca:.5f}", fontsize=11)
-        axes.legend(fontsize=9)
+        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {pca:.5f}")
+        axes.legend()
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)
 
@@ -60,7 +61,7 @@ def plot_cross(numbers: dict, names: dict[str, str], code_size: int, path: Path)
     x, y = names
     across, back = (numbers[f"trained_on_{one}"][to]["mse"] for one, to in ((x, y), (y, x)))
     result = f"{names[y]} to {names[x]} {back:.4f}, {names[x]} to {names[y]} {across:.4f}"
-    axes.set_title(f"Test MSE: {result}", fontsize=11)
+    figure.suptitle(f"Test MSE: {result}")
     figure.colorbar(image, label="test MSE, pixels in [0, 1]")
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)
@@ -71,10 +72,8 @@ def plot_reconstructions(
 ) -> None:
     """By set: originals (12, 3, 32, 32), the best, median and worst four, and reconstructions."""
     figure = plt.figure(figsize=(7, 5.6), layout="constrained")
-    figure.suptitle(
-        f"{' and '.join(names.values())}: test images by error of the set's own autoencoder",
-        fontsize=11,
-    )
+    both = " and ".join(names.values())
+    figure.suptitle(f"{both}: test images by error of the set's own autoencoder")
     for part, (name, rows) in zip(figure.subfigures(2, 1), shown.items(), strict=True):
         panels = part.subplots(len(rows), 1)
         for axes, (row, x) in zip(panels, rows.items(), strict=True):
@@ -140,13 +139,13 @@ def plot_pictures(lines: dict[str, Tensor], title: str, path: Path) -> None:
     )
     for axes, (label, x) in zip(panels, lines.items(), strict=True):
         show_line(axes, x, label)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
 def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
-    """Validation accuracy and loss per epoch by fraction of labels and start, sd as a band."""
+    """Validation loss and accuracy per epoch by fraction of labels and start, sd as a band."""
     styles = {
         "random": ("random encoder", BASELINE, "-"),
         "frozen": ("pretrained, frozen", METHOD, "--"),
@@ -158,8 +157,8 @@ def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
     for column, (fraction, own) in enumerate(numbers.items()):
         for start, (label, color, line) in styles.items():
             for axes, key, factor in (
-                (grid[0, column], "val_accuracy", 100),
-                (grid[1, column], "val_loss", 1),
+                (grid[0, column], "val_loss", 1),
+                (grid[1, column], "val_accuracy", 100),
             ):
                 average, sd = (factor * np.array(own[start][key][part]) for part in ("mean", "sd"))
                 epochs = np.arange(1, len(average) + 1)
@@ -167,18 +166,18 @@ def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
                 axes.fill_between(
                     epochs, average - sd, average + sd, color=color, alpha=0.2, linewidth=0
                 )
-        grid[0, column].set_title(f"{float(fraction):.0%}: {own['labels']:,} labels", fontsize=10)
+        grid[0, column].set_title(f"{float(fraction):.0%}: {own['labels']:,} labels")
         grid[1, column].set_xlabel("epoch")
         grid[1, column].xaxis.get_major_locator().set_params(integer=True)
-    grid[0, 0].set_ylabel("validation accuracy (%)")
-    grid[1, 0].set_ylabel("validation loss (nats)")
+    grid[0, 0].set_ylabel("validation loss (nats)")
+    grid[1, 0].set_ylabel("validation accuracy (%)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     last = list(numbers.values())[-1]
     first = [100 * last[s]["val_accuracy"]["mean"][0] for s in ("fine_tuned", "random")]
     title = (
         "{}, mean and sd over seeds: {:.1f}% pretrained, {:.1f}% random after one epoch, all labels"
     )
-    figure.suptitle(title.format(dataset, *first), fontsize=11)
+    figure.suptitle(title.format(dataset, *first))
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 BEFORE = "tab:olive"  # pretrained, not yet fine-tuned
 
@@ -37,10 +38,10 @@ def plot_curves(
         panels[0, 0].set(
             xlabel="epoch over the paragraphs", title="first: English in Python's docs"
         )
-        panels[0, 0].legend(fontsize=9)
+        panels[0, 0].legend()
     panels[0, 0].set_ylabel("loss per masked piece (nats)")
-    axes.legend(fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    axes.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -82,8 +83,8 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
     left.set(ylabel="accuracy on masked test pieces", title="all pieces")
     right.set(ylabel="top-1 accuracy", title="by kind of word (number of pieces)")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -91,7 +92,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
 def plot_gaps(gaps: list[dict], title: str, path: Path) -> None:
     """Test tweets with a gap, and the five most probable fillings before and after."""
     figure = plt.figure(figsize=(9, 1.5 * max(len(gaps), 1) + 0.7), layout="constrained")
-    figure.suptitle(f"{title}: five best fillings of a gap in test tweets", fontsize=11)
+    figure.suptitle(f"{title}: five best fillings of a gap in test tweets")
     rows = figure.subfigures(max(len(gaps), 1), 1, squeeze=False)[:, 0]
     for row, gap in zip(rows, gaps, strict=False):
         shown = f"{gap['text'][0]} _____ {gap['text'][1]}".replace("$", r"\$")

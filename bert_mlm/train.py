@@ -334,7 +334,7 @@ def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: P
         optimizer.step()
         schedule.step()
 
-    while len(rows) <= stage.epochs and not stuck(rows, stage.patience):
+    while len(rows) <= stage.epochs and not stalled(rows, stage.patience):
         row = {"stage": stage.name, "epoch": len(rows)}
         if rows:
             seed_everything(stage.seed, stage.name, len(rows))
@@ -352,7 +352,7 @@ def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: P
     return rows
 
 
-def stuck(rows: list[dict], patience: int) -> bool:
+def stalled(rows: list[dict], patience: int) -> bool:
     """Whether the validation loss has had no new minimum for `patience` epochs."""
     losses = [row["val_loss"] for row in rows]
     return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 COLORS = {"probability": "tab:gray", "logits": "tab:purple", "fast": "tab:green"}
 NAMES = {"probability": "probability (c = 1)", "logits": "logits (search over c)", "fast": "fast"}
 
@@ -37,12 +38,12 @@ def plot_example(
     for column, (name, picture) in zip(panels.T, pictures.items(), strict=True):
         color = COLORS.get(name, "black")
         column[0].imshow(picture.permute(1, 2, 0).cpu())
-        column[0].set_title(name, fontsize=11, color=color)
+        column[0].set_title(name, color=color)
         plot_bars(column[1], probs[name].cpu(), classes, color)
         column[2].axis("off")
         if name == "original":
             text = f"difference x {scale},\n0 is grey" if scale > 1 else "difference,\n0 is grey"
-            column[2].text(0.5, 0.5, text, ha="center", va="center", fontsize=10)
+            column[2].text(0.5, 0.5, text, ha="center", va="center")
         else:
             shown = (0.5 + scale * (picture - x)).clamp(0, 1)
             column[2].imshow(shown.permute(1, 2, 0).cpu())
@@ -50,7 +51,7 @@ def plot_example(
             numbers = f"L2 {notes[name]['l2']:.3f}, margin {notes[name]['margin']:.3f}"
             column[2].set_title(how + numbers, fontsize=9)
         column[0].axis("off")
-    figure.suptitle(f"What the network sees in the saved PNG: {title}", fontsize=12)
+    figure.suptitle(f"What the network sees in the saved PNG: {title}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -77,15 +78,14 @@ def plot_search(traces: dict[str, Tensor], title: str, path: Path) -> None:
             panel.plot(queries, values, color=COLORS[name], linewidth=0.9, alpha=0.6)
         panels[0].plot([], [], color=COLORS[name], label=f"{NAMES[name]}, of {unit}")
         panels[2].plot(queries, lines[3], color=COLORS[name], linewidth=2.5, label=f"best, {name}")
-    panels[0].set(
-        ylabel="criterion f", title=f"Criterion, margin and distance of one picture: {title}"
-    )
-    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Criterion, margin and distance of one picture: {title}")
+    panels[0].set_ylabel("criterion f")
+    panels[0].legend()
     panels[1].set(ylabel="margin of the target")
     panels[1].axhline(0, color="black", linewidth=0.8)
     panels[2].set(ylabel="L2 distance\n(pixels in [0, 1])", xscale="log")
     panels[2].set(xlabel="query (one forward and one backward pass)", ylim=(0, None))
-    panels[2].legend(fontsize=8, loc="lower right")
+    panels[2].legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -104,10 +104,10 @@ def plot_queries(traces: dict[str, Tensor], title: str, path: Path) -> None:
         middle = best.median(1).values
         bottom.plot(queries, torch.where(middle.isinf(), torch.nan, middle), **options)
     top.set(ylabel="share of pictures with success", ylim=(-0.03, 1.03))
-    top.set_title(f"What a query buys: {title}")
+    figure.suptitle(f"What a query buys: {title}")
     bottom.set(ylabel="median L2, failures infinite\n(pixels in [0, 1])", xscale="log")
     bottom.set_xlabel("queries per picture (each one forward and one backward pass)")
-    top.legend(fontsize=9)
+    top.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -137,7 +137,7 @@ def plot_matrix(
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
     left.imshow(mosaic, extent=(-0.5, count - 0.5, count - 0.5, -0.5), interpolation="nearest")
-    left.set_title("the PNGs, originals on the diagonal", fontsize=10)
+    left.set_title("the PNGs, originals on the diagonal")
     image = right.imshow(means, cmap="viridis")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2 if np.isfinite(means).any() else 0
     for row, column in zip(*np.nonzero(np.isfinite(means)), strict=True):
@@ -146,12 +146,12 @@ def plot_matrix(
         right.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     known = [value for value in l2 if value is not None]
     note = f"mean {np.mean(known):.3f}" if known else "no success"
-    right.set_title(f"L2 distance, {note}", fontsize=10)
+    right.set_title(f"L2 distance, {note}")
     figure.colorbar(image, ax=right, shrink=0.8, label="L2 (pixels in [0, 1])")
     for axes in (left, right):
         axes.set_xticks(range(count), classes)
         axes.set_yticks(range(count), classes)
         axes.set(xlabel="target class", ylabel="source class")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)

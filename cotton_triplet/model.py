@@ -42,9 +42,9 @@ class TwoHeads(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
-    def forward(self, x: Tensor, *, bf16: bool = False) -> Outputs:
+    def forward(self, x: Tensor, *, half: bool = False) -> Outputs:
         x = ((x - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             features = self.trunk(x)
         features = features.float()  # distances need float32's digits
         return Outputs(self.classify(features), self.embed(features), features)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
 
 
@@ -38,8 +39,9 @@ def plot_curves(rows: list[dict], margin: float, title: str, path: Path) -> None
     apart.set(ylabel="distance (embedding units)", ylim=(0, None))
     watch.plot([], [], "--", color=TRAIN, label="mean distance (right)")
     for axes in grid.flat:
-        axes.legend(fontsize=9, loc="center left" if axes is watch else "best")
-    figure.suptitle(title, fontsize=11)
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
+        axes.legend(**above if axes is watch else {})
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -65,9 +67,9 @@ def plot_maps(
     figure, panels = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     for axes, (name, points) in zip(panels[0], maps.items(), strict=True):
         draw_map(axes, points, colours(classes), 1 if count > 1 else 2)
-        axes.set_title(name if count > 1 else "", fontsize=10)
+        axes.set_title(name if count > 1 else "")
         axes.set(xlabel=f"embedding, {axis} 1", ylabel=f"embedding, {axis} 2")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     marks = [
         Line2D([], [], linestyle="", marker="o", color=color, label=name.replace("_", " "))
         for name, color in zip(classes, colours(classes), strict=True)
@@ -92,7 +94,12 @@ def draw_map(axes: Axes, points: dict, palette: np.ndarray, scale: float) -> Non
 
 
 def plot_film(
-    frames: dict[int, np.ndarray], y: np.ndarray, classes: tuple[str, ...], name: str, path: Path
+    frames: dict[int, np.ndarray],
+    y: np.ndarray,
+    classes: tuple[str, ...],
+    axis: str,
+    name: str,
+    path: Path,
 ) -> None:
     """Points (N, 2) of the validation images after some of the epochs, all to one scale."""
     epochs = sorted(frames)
@@ -105,17 +112,17 @@ def plot_film(
         axes.axis("off")
     for axes, epoch in zip(panels.flat, shown, strict=False):
         axes.scatter(*frames[epoch].T, c=colours(classes)[y], s=5, linewidth=0)
-        axes.set_title(f"epoch {epoch}", fontsize=10)
+        axes.set_title(f"epoch {epoch}")
     for axes in panels[:, 0]:
-        axes.set_ylabel("embedding, second axis")
+        axes.set_ylabel(f"embedding, {axis} 2")
     for axes in panels[-1]:
-        axes.set_xlabel("embedding, first axis")
-    figure.suptitle(f"{name}: the embedding of the validation images as it forms", fontsize=11)
+        axes.set_xlabel(f"embedding, {axis} 1")
+    figure.suptitle(f"{name}: the embedding of the validation images as it forms")
     marks = [
         Line2D([], [], linestyle="", marker="o", color=color, label=label.replace("_", " "))
         for label, color in zip(classes, colours(classes), strict=True)
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8)
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -136,7 +143,7 @@ def plot_confusion(
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(title, fontsize=11)
+    figure.suptitle(title)
     figure.colorbar(shading, label="share of the true class", shrink=0.8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -161,7 +168,7 @@ def plot_triplets(triplets: list[dict], classes: tuple[str, ...], title: str, pa
     for axes, role in zip(
         panels[:, 0], ("anchor", "farthest positive", "nearest negative"), strict=False
     ):
-        axes.set_ylabel(role, fontsize=10)
-    figure.suptitle(f"{title}\nhardest test triplet of each class", fontsize=11)
+        axes.set_ylabel(role)
+    figure.suptitle(f"{title}\nhardest test triplet of each class")
     figure.savefig(path, dpi=150)
     plt.close(figure)

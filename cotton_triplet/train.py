@@ -153,9 +153,10 @@ def new_model(data: Data, config: Config, state: dict | None, device: torch.devi
     return model.to(device, memory_format=torch.channels_last)
 
 
-def trains_in_bf16(config: Config, device: torch.device) -> bool:
+def use_bfloat16(config: Config) -> bool:
+    """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
     if config.precision == "auto":
-        return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return config.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return config.precision == "bfloat16"
 
 
@@ -223,13 +224,13 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Means over the epoch's batches, all of one size. Raises FloatingPointError if not finite."""
     model.train()
-    bf16, margin = trains_in_bf16(config, train.x.device), margin_of(config)
+    half, margin = use_bfloat16(config), margin_of(config)
     order = pk_batches(train.y.cpu(), config.classes_per_batch, config.pictures_per_class)
     sums = []
     for chosen in tqdm(order, label, leave=False, disable=None):
         chosen = chosen.to(train.x.device)
         x, y = augment(train.x[chosen].float() / 255), train.y[chosen]
-        out = model(x, bf16=bf16)
+        out = model(x, half=half)
         cls_loss = F.cross_entropy(out.logits, y)
         losses = triplet_losses(out.embedding, mine(out.embedding, y, config.mining), margin)
         triplet_loss = mean_or_zero(losses, out.embedding)
@@ -327,7 +328,7 @@ def time_step(model: TwoHeads, train: Examples, size: int, config: Config) -> tu
     chosen = torch.randint(len(train.x), (size,)).to(train.x.device)
     times = [clock(train.x)]
     x, y = augment(train.x[chosen].float() / 255), train.y[chosen]
-    out = trial(x, bf16=trains_in_bf16(config, x.device))
+    out = trial(x, half=use_bfloat16(config))
     times.append(clock(x))
     triplets = mine(out.embedding, y, config.mining)
     times.append(clock(x))
@@ -357,7 +358,7 @@ def draw(
     plot_confusion(both["confusion"], data.classes, title, run / "confusion.png")
     maps = {METHODS[method]: lay_out(said[method], data) for method in said}
     first = METHODS["both"]
-    axis = "dimension" if config.embedding_size == 2 else "principal component"
+    axis = "dimension" if config.embedding_size == 2 else "component"
     plot_maps({first: maps[first]}, data.classes, axis, title, run / "embedding.png")
     if config.ablation:
         what = f"{data.name}: the embedding with and without each term of the loss"
@@ -365,7 +366,7 @@ def draw(
     frames = torch.load(run / "film-both.pt", weights_only=True)
     plane = in_plane(frames[max(frames)])
     frames = {epoch: plane(points) for epoch, points in frames.items()}
-    plot_film(frames, data.val.y.cpu().numpy(), data.classes, data.name, run / "film.png")
+    plot_film(frames, data.val.y.cpu().numpy(), data.classes, axis, data.name, run / "film.png")
     triplets = hardest_triplets(said["both"]["test"].embedding, data.test)
     plot_triplets(triplets, data.classes, title, run / "triplets.png")
 

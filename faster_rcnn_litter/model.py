@@ -178,11 +178,6 @@ class Mixed(nn.Module):
         return tuple([part.float() for part in parts] for parts in out)
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether it is worth while: emulated, as on most CPUs, it is slower than float32."""
-    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
 def mix_precision(model: FasterRCNN, amp: bool) -> FasterRCNN:
     """Convolutions over whole pictures in bfloat16 if `amp`, all that reckons with boxes not."""
     model.backbone = Mixed(model.backbone, amp)

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 TRUTH, FOUND, WRONG = "#ffd21f", "#39ff5a", "#ff3b3b"  # on brown, green and grey ground alike
 PARTS = {
@@ -33,15 +34,15 @@ def plot_curves(history: list[dict], title: str, path: Path) -> None:
         values = [row[key] for row in history]
         left.plot(epochs, values, style, color=TRAIN, linewidth=1.2, alpha=0.8, label=name)
     left.set(xlabel="epoch", ylabel="training loss (nats + smooth L1)", yscale="log")
-    left.legend(fontsize=8)
+    left.legend()
     for key, name, style in (("val_ap50", "AP50", "-"), ("val_ap", "AP", "--")):
         values = [row[key] for row in history]
         right.plot(epochs, values, style, color=VALIDATION, marker=".", label=f"{name}, validation")
     right.set(xlabel="epoch", ylabel="average precision", ylim=(0, 1))
-    right.legend(fontsize=9, loc="lower right")
+    right.legend(loc="lower right")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -56,8 +57,8 @@ def plot_precision_recall(
     label = f"working confidence {point['confidence']:.2f}, chosen on validation"
     axes.plot(point["recall"], point["precision"], "o", color="black", label=label)
     axes.set(xlabel="recall", ylabel="precision (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1.03))
-    axes.set_title(title, fontsize=11)
-    axes.legend(fontsize=9, loc="lower left")
+    figure.suptitle(title)
+    axes.legend(loc="lower left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -82,8 +83,8 @@ def plot_examples(
             draw_boxes(axes, boxes, color)
     names = ("annotation", "before: five surest", "after")
     for axes, name in zip(panels[0], names, strict=True):
-        axes.set_title(name, fontsize=10)
-    figure.suptitle(f"Test pictures, {title}", fontsize=11)
+        axes.set_title(name)
+    figure.suptitle(f"Test pictures, {title}")
     save_photos(figure, path)
 
 
@@ -103,9 +104,9 @@ def plot_mistakes(
             axes.set_title(f"{'confidence' if row == 0 else 'best IoU'} {value:.2f}", fontsize=9)
         for axes in panels[row, len(mistakes) :]:
             axes.axis("off")
-    panels[0, 0].set_ylabel("false alarms", fontsize=10)
-    panels[1, 0].set_ylabel("missed", fontsize=10)
-    figure.suptitle(f"Worst mistakes on test pictures, {title}", fontsize=11)
+    panels[0, 0].set_ylabel("false alarms")
+    panels[1, 0].set_ylabel("missed")
+    figure.suptitle(f"Worst mistakes on test pictures, {title}")
     save_photos(figure, path)
 
 
@@ -120,7 +121,7 @@ def plot_photo(x: Tensor, found: dict, classes: list[str], title: str, path: Pat
         text = f"{classes[label - 1]} {score:.2f}"
         background = {"facecolor": "black", "alpha": 0.6, "pad": 1, "edgecolor": "none"}
         axes.text(box[0], box[1], text, color=FOUND, fontsize=9, va="bottom", bbox=background)
-    axes.set_title(f"{title}: {len(boxes)} found", fontsize=11)
+    figure.suptitle(f"{title}: {len(boxes)} found")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

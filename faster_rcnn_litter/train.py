@@ -52,7 +52,6 @@ from model import (
     fit_anchors,
     freeze_batchnorm,
     frozen_eps,
-    has_bfloat16,
     losses,
     make_detector,
     mistakes,
@@ -219,8 +218,14 @@ def build(config: Config, classes: int, sides: list[float], *, coco: bool) -> nn
         model = make_detector(config.architecture, **options)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise DataError(f"COCO weights: {str(error).splitlines()[0]}") from error
-    half = {"auto": has_bfloat16(config.device), "float32": False, "bfloat16": True}
-    return mix_precision(model, half[config.precision])
+    return mix_precision(model, use_bfloat16(config))
+
+
+def use_bfloat16(config: Config) -> bool:
+    """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
+    if config.precision == "auto":
+        return config.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return config.precision == "bfloat16"
 
 
 def save_detector(model: nn.Module, config: Config, threshold: float, run: Path) -> None:

@@ -9,15 +9,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 BASELINE, METHOD = "tab:gray", "tab:green"
 BINS = 15
 
 
 def plot_passes(metrics: dict, dataset: str, runs: int, path: Path) -> None:
-    """Error rate and NLL against the number of passes, on test and training images."""
+    """NLL and error rate against the number of passes, on test and training images."""
     figure, grid = plt.subplots(2, 2, sharex=True, figsize=(9, 6), layout="constrained")
     for axes, (split, score) in zip(
-        grid.T.flat, [(s, n) for s in ("test", "train") for n in ("accuracy", "nll")], strict=True
+        grid.T.flat, [(s, n) for s in ("test", "train") for n in ("nll", "accuracy")], strict=True
     ):
         numbers = metrics[split]
         passes = np.arange(1, len(numbers["mc"]["nll"]["mean"]) + 1)
@@ -38,15 +39,15 @@ def plot_passes(metrics: dict, dataset: str, runs: int, path: Path) -> None:
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_ylabel("error rate (%)" if score == "accuracy" else "NLL (nats)")
-        if score == "accuracy":
+        if score == "nll":
             axes.set_title(f"{split} images")
         else:
             axes.set_xlabel("forward passes T averaged")
-    grid[0, 0].legend(fontsize=9)
+    grid[0, 0].legend()
     test, at = metrics["test"], metrics["report_passes"]
     standard, mc = test["standard"]["accuracy"]["mean"], test["mc"]["accuracy"]["mean"][at - 1]
     result = f"test error {1 - standard:.2%} with standard dropout, {1 - mc:.2%} with {at} passes"
-    figure.suptitle(f"{dataset}, mean and sd of {runs} runs: {result}", fontsize=11)
+    figure.suptitle(f"{dataset}, mean and sd of {runs} runs: {result}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -85,10 +86,10 @@ def plot_rotation(
             axes.plot(angles, standard[:, label], "--", color=BASELINE, label="standard dropout")
             axes.set(ylim=(-0.03, 1.03), xticks=angles[::2], ylabel=f"p(class {classes[label]})")
             if label == shown[0]:
-                axes.legend(fontsize=8)
+                axes.legend()
     figure.supxlabel("rotation (degrees)", fontsize=10)
     title = f"{dataset}: a test image turned; each dot is one of {len(mc)} passes with dropout on"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -122,8 +123,8 @@ def plot_reliability(
     bottom.set_yscale("log")
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1.01))
-    top.set_title(f"{dataset}: reliability on test images, {len(log_probs['mc'])} runs pooled")
-    top.legend(fontsize=9, loc="upper left")
+    figure.suptitle(f"{dataset}: reliability on test images, {len(log_probs['mc'])} runs pooled")
+    top.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -146,6 +147,6 @@ def plot_certainty(
         panel.set_title(text, fontsize=8, color=color)
     for row, name in enumerate(("most certain", "least certain", "least certain")):
         panels[row, 0].set_ylabel(name, fontsize=9)
-    figure.suptitle(f"{dataset}: test images by entropy of MC dropout (red: wrong)", fontsize=11)
+    figure.suptitle(f"{dataset}: test images by entropy of MC dropout (red: wrong)")
     figure.savefig(path, dpi=150)
     plt.close(figure)

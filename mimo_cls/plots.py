@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 BASELINE, METHOD = "tab:gray", "tab:green"
 BINS = 15
 
@@ -16,11 +17,11 @@ BINS = 15
 def plot_curves(
     single: list[dict], mimo: list[dict], metrics: dict, title: str, path: Path
 ) -> None:
-    """Validation accuracy, NLL and the members' disagreement over epochs."""
+    """Validation NLL, accuracy and the members' disagreement over epochs."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
     epochs = [row["epoch"] for row in mimo]
     members = sum(name.endswith("_nll") and "member" in name for name in mimo[0])
-    for axes, key, scale in ((left, "accuracy", 100), (middle, "nll", 1)):
+    for axes, key, scale in ((left, "nll", 1), (middle, "accuracy", 100)):
         for m in range(1, members + 1):
             values = [scale * row[f"val_member{m}_{key}"] for row in mimo]
             label = "MIMO, each member" if m == 1 else None
@@ -29,21 +30,21 @@ def plot_curves(
         axes.plot(epochs, values, color=METHOD, linewidth=2.2, label="MIMO, ensemble")
         values = [scale * row[f"val_{key}"] for row in single]
         axes.plot(epochs, values, color=BASELINE, linewidth=2.2, label="deterministic twin")
-    left.set(ylabel="validation accuracy (%)", xlabel="epoch")
-    middle.set(ylabel="validation NLL (nats)", xlabel="epoch")
+    left.set(ylabel="validation NLL (nats)", xlabel="epoch")
+    middle.set(ylabel="validation accuracy (%)", xlabel="epoch")
     worst = max(row["val_nll"] for row in (*single, *mimo)[:: max(1, len(single) // 2)])
-    middle.set_ylim(0, 1.1 * worst)
+    left.set_ylim(0, 1.1 * worst)
     values = [100 * row["val_disagreement"] for row in mimo]
     right.plot(epochs, values, color=METHOD, linewidth=2.2)
     right.set(ylabel="two members predict different\nclasses (% of images)", xlabel="epoch")
     right.set_ylim(bottom=0)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     result = ", ".join(
         f"{name} {metrics[who]['accuracy']:.1%} (NLL {metrics[who]['nll']:.3f})"
         for who, name in (("ensemble", "ensemble"), ("single", "twin"))
     )
-    figure.suptitle(f"{title}. Test: {result}", fontsize=11)
+    figure.suptitle(f"{title}. Test: {result}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -77,8 +78,8 @@ def plot_reliability(
     bottom.set_yscale("log")
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1.01))
-    top.legend(fontsize=9, loc="upper left")
-    figure.suptitle(f"{title}: {len(y):,} test images", fontsize=11)
+    top.legend(loc="upper left")
+    figure.suptitle(f"{title}: {len(y):,} test images")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -116,13 +117,13 @@ def plot_corruption(
         axes.set_xlabel(labels[kind])
         axes.set_xticks((0, *values))
     grid[0].set_ylabel("test accuracy (%)")
-    grid[0].legend(fontsize=9)
+    grid[0].legend()
     means = {
         who: np.mean([1 - np.mean(metrics[who][kind]["error"]) for kind in severities])
         for who in ("ensemble", "single")
     }
     result = f"ensemble {means['ensemble']:.1%}, twin {means['single']:.1%}"
-    figure.suptitle(f"{title}. Mean accuracy on corrupted images: {result}", fontsize=11)
+    figure.suptitle(f"{title}. Mean accuracy on corrupted images: {result}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -141,7 +142,7 @@ def plot_disagreement(
         top, bottom = panel.subplots(2, 1, height_ratios=(1, 1.5))
         top.imshow(x[number].permute(1, 2, 0).numpy())
         top.axis("off")
-        top.set_title(f"true: {classes[y[number]]}", fontsize=10)
+        top.set_title(f"true: {classes[y[number]]}")
         shown = probs[number].mean(0).argsort(descending=True)[:4].tolist()
         width = 0.8 / probs.shape[1]
         for m, shade in enumerate(shades):
@@ -156,16 +157,16 @@ def plot_disagreement(
         bottom.set_ylim(0, 1)
         bottom.set_ylabel("probability" if number % columns == 0 else "", fontsize=9)
         bottom.tick_params("y", labelleft=number % columns == 0, labelsize=8)
-    figure.legend(loc="outside lower center", ncols=8, fontsize=10)
-    figure.suptitle(f"{title}: test images on which members disagree most", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=8)
+    figure.suptitle(f"{title}: test images on which members disagree most")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def plot_study(study: list[dict], title: str, path: Path) -> None:
-    """Accuracy, NLL and disagreement against M, a line for each rho; the twin as a line across."""
+    """NLL, accuracy and disagreement against M, a line for each rho; the twin as a line across."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.7), layout="constrained")
-    texts = {"accuracy": "test accuracy (%)", "nll": "test NLL (nats)"}
+    texts = {"nll": "test NLL (nats)", "accuracy": "test accuracy (%)"}
     texts["disagreement"] = "two members predict different\nclasses (% of test images)"
     rhos = sorted({row["input_repetition"] for row in study if row["members"] > 1})
     for axes, (key, text) in zip(panels, texts.items(), strict=True):
@@ -181,7 +182,7 @@ def plot_study(study: list[dict], title: str, path: Path) -> None:
         axes.set(xlabel="members M", ylabel=text)
         axes.set_xticks(sorted({row["members"] for row in study if row["members"] > 1}))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10)
-    figure.suptitle(f"{title.rsplit(', M', 1)[0]}: members and input repetition", fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.suptitle(f"{title.rsplit(', M', 1)[0]}: members and input repetition")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -227,7 +227,7 @@ def train_one_epoch(
     model.train()
     steps = plan.passes * max(1, len(data.train.x) // config.batch_size)
     label, device = f"{plan.name} epoch {epoch}", data.train.x.device.type
-    half, losses = use_bfloat16(config, device), []
+    half, losses = use_bfloat16(config), []
     batches = tqdm(draw_batches(plan, data, config), label, steps, leave=False, disable=None)
     for step, (x, y) in enumerate(batches):
         rate = learning_rate(config, epoch - 1 + (step + 1) / steps, len(data.train.x))
@@ -270,11 +270,11 @@ def learning_rate(config: Config, epochs: float, images: int) -> float:
     return peak * (1 + math.cos(math.pi * done)) / 2
 
 
-def use_bfloat16(config: Config, device: str) -> bool:
+def use_bfloat16(config: Config) -> bool:
     """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    return device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if config.precision == "auto":
+        return config.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return config.precision == "bfloat16"
 
 
 # --- testing ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 BASELINE, METHOD = "tab:gray", "tab:green"
 LABELS = {
     "plain": "plain",
@@ -45,12 +46,12 @@ def plot_accuracy(metrics: dict, own: str, title: str, path: Path) -> None:
             axes.axhline(value, color=color, linestyle=style, linewidth=1.3, label=text)
     seeds = len(metrics["oracle"]["of_seeds"])
     left.set(xlabel="pseudo-labels in the training set", ylabel="test accuracy")
-    left.set_title(f"mean ± sd while all {seeds} seeds go on; dots: round kept", fontsize=9)
+    left.set_title(f"mean ± sd while all {seeds} seeds go on; dots: round kept")
     handles, texts = left.get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=5, fontsize=8)
     right.set_xticks(range(len(methods)), [LABELS[name] for name in methods], fontsize=8)
     right.set_xlim(-0.6, len(methods) - 0.4)
-    right.set_title("round kept, by seed; bar: mean", fontsize=9)
+    right.set_title("round kept, by seed; bar: mean")
     before, after = metrics["supervised"]["mean"], methods[own]["test_accuracy"]["mean"]
     figure.suptitle(f"Self-training on {title}: {before:.3f} before, {after:.3f} after")
     figure.savefig(path, dpi=150)
@@ -86,8 +87,8 @@ def plot_quality(methods: dict, own: str, classes: tuple[str, ...], title: str, 
         color = METHOD if name == own else BASELINE
         draw_rounds(panels[0], methods[name], "accuracy", color, LABELS[name])
     panels[0].set(xlabel="pseudo-labels", ylabel="share that is right")
-    panels[0].set_title("correctness, all seeds", fontsize=10)
-    panels[0].legend(loc="lower left", fontsize=8)
+    panels[0].set_title("correctness, all seeds")
+    panels[0].legend(loc="lower left")
     colors = plt.get_cmap("tab10" if len(classes) <= 10 else "tab20").colors
     for axes, name in zip(panels[1:], names, strict=True):
         rows = [row for row in methods[name]["rounds"][0] if row["pseudo_labels"]]
@@ -99,11 +100,11 @@ def plot_quality(methods: dict, own: str, classes: tuple[str, ...], title: str, 
             bottom += shares[:, number]
         axes.set(xlabel="round", ylabel="share of the pseudo-labels", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"{LABELS[name]}, first seed".replace("\n", " "), fontsize=10)
+        axes.set_title(f"{LABELS[name]}, first seed".replace("\n", " "))
     if len(classes) <= 20:
         handles, texts = panels[-1].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=10, fontsize=8)
-    figure.suptitle(f"Pseudo-labels on {title}", fontsize=12)
+    figure.suptitle(f"Pseudo-labels on {title}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -116,7 +117,7 @@ def plot_examples(
     Both hold uint8 x (N, C, H, W), label (N,), truth (N,) and confidence (N,).
     """
     figure = plt.figure(figsize=(8, 6), layout="constrained")
-    figure.suptitle(f"Pseudo-labels on {title}: label given, its confidence", fontsize=12)
+    figure.suptitle(f"Pseudo-labels on {title}: label given, its confidence")
     blocks = figure.subfigures(2)
     texts = (
         "the surest of round 1 (red: wrong)",

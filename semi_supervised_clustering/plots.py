@@ -11,6 +11,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 BASELINE, METHOD = "tab:gray", "tab:green"
 CLASSES = ("tab:blue", "tab:orange", "tab:purple", "tab:cyan", "tab:red", "tab:olive")
 CLASSES += ("tab:pink", "tab:brown", "gold", "navy")
@@ -53,7 +54,7 @@ def plot_clusters(part, model, classes: tuple[str, ...], title: str, run: Path) 
     centres = ((model.cluster_centers_.cpu().double() - mean) @ plane.T).numpy()
     axes.scatter(*centres.T, s=150, marker="X", c="white", edgecolors="black", zorder=4)
     add_legend(axes, classes, colors)
-    axes.set_title(title, fontsize=11)
+    figure.suptitle(title)
     names = ("first", "second")
     labels = [f"{n} principal component ({s:.0%})" for n, s in zip(names, spread, strict=False)]
     axes.set(**dict(zip(("xlabel", "ylabel"), labels, strict=False)))
@@ -89,7 +90,7 @@ def add_legend(axes, classes: tuple[str, ...], colors: list[str]) -> None:
         dot("centre", marker="X", color="white", markeredgecolor="black", markersize=9),
     ]
     columns = 1 + len(handles) // 2 if len(handles) < 9 else 5
-    axes.figure.legend(handles=handles, fontsize=8, ncols=columns, loc="outside lower center")
+    axes.figure.legend(handles=handles, ncols=columns, loc="outside lower center")
 
 
 def plot_objective(history: list[dict], title: str, run: Path) -> None:
@@ -111,7 +112,7 @@ def plot_objective(history: list[dict], title: str, run: Path) -> None:
     ):
         top.plot(count + shift, [row[key] for row in history], "o", color=color, label=label)
     top.set(ylabel="objective J")
-    top.set_title(title, fontsize=11)
+    figure.suptitle(title)
     top.legend()
     for shift, (label, (before, after, color)) in zip((-0.27, 0, 0.27), steps.items(), strict=True):
         fall = [max(row[before] - row[after], 1e-16) for row in history]
@@ -121,7 +122,7 @@ def plot_objective(history: list[dict], title: str, run: Path) -> None:
     bottom.set_ylim(max(1e-8, min([f for f in falls if f > 0], default=1e-8) / 30), None)
     bottom.set(xlabel="iteration of steps 2, 3, 4", ylabel="fall of J in the step")
     bottom.set_xticks(count if len(count) <= 20 else count[:: len(count) // 10])
-    bottom.legend(fontsize=8)
+    bottom.legend()
     figure.savefig(run / "objective.png", dpi=150)
     plt.close(figure)
 
@@ -143,8 +144,8 @@ def plot_label_counts(by_labels: dict, title: str, run: Path) -> None:
     low = min(s[m]["accuracy"]["mean"] for s in by_labels.values() for m in METHODS)
     axes.set_ylim(max(0, low - 0.08), 1.005)
     axes.set(xlabel="labelled rows", ylabel="accuracy on unlabelled training rows")
-    axes.set_title(f"{title} (band: standard deviation)", fontsize=11)
-    axes.legend(fontsize=9, loc="lower right")
+    figure.suptitle(f"{title} (band: standard deviation)")
+    axes.legend(loc="lower right")
     figure.savefig(run / "labels.png", dpi=150)
     plt.close(figure)
 
@@ -167,7 +168,7 @@ def plot_alpha(sweeps: dict, alpha: float, title: str, run: Path) -> None:
             axes.axvline(names.index(f"{alpha:g}"), color="black", linestyle=":", linewidth=1)
     panels[0].set_ylabel("accuracy on\nunlabelled training rows")
     panels[1].set_ylabel("impurity of labelled rows\n(mean Gini)")
-    panels[0].set_title(f"{title} (band: standard deviation)", fontsize=11)
+    figure.suptitle(f"{title} (band: standard deviation)")
     panels[0].legend()
     panels[1].set_xticks(range(len(names)), names)
     panels[1].set_xlabel("alpha, weight of impurity (0: k-means from the labelled means)")

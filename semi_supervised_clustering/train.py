@@ -135,14 +135,14 @@ def load_table(config: Config) -> Table:
         seed=config.seed,
     )
     for count in (config.shown_labels, *config.label_counts):
-        rows = len(draw(table, config, count, 0).x)
+        rows = len(draw_split(table, config, count, 0).x)
         if config.clusters > rows:
             raise DataError(f"clusters: {table.name} has only {rows} rows to train on")
     print(table.note, flush=True)
     return table
 
 
-def draw(
+def draw_split(
     table: Table, config: Config, label_count: int, number: int, device: torch.device | str = "cpu"
 ) -> Split:
     """Split `number`: the same rows are trained on whatever the number of labels."""
@@ -172,7 +172,7 @@ def make_model(config: Config, table: Table, *, number: int, **changes) -> Clust
 def show(table: Table, config: Config, run: Path, device: torch.device) -> tuple[dict, dict]:
     """The clustering of split 0 with `shown_labels` labels: history, pictures, predictions."""
     seed_everything(config.seed, "cluster")
-    part = draw(table, config, config.shown_labels, 0, device)
+    part = draw_split(table, config, config.shown_labels, 0, device)
     x, x_test = part.x, part.x_test
     counts = [config.clusters] if config.clusters else cluster_counts(table, config, len(x))
     clusters = choose_clusters(part, config, table, 0, counts)
@@ -274,7 +274,7 @@ def try_methods(
     table: Table, config: Config, device: torch.device, label_count: int, number: int
 ) -> dict:
     """The scores of METHODS, and of each number of clusters, on split `number`."""
-    part = draw(table, config, label_count, number, device)
+    part = draw_split(table, config, label_count, number, device)
     fitted = partial(fit_and_score, part, config, table, number)
     scores = {"ours": fitted()}
     scores["kmeans"] = fitted(alpha=0.0, init="k-means++")
@@ -366,7 +366,7 @@ def sweep_alpha(
     def job(alpha: float) -> dict:
         scores = []
         for number in range(config.splits):
-            part = draw(table, config, label_count, number, device)
+            part = draw_split(table, config, label_count, number, device)
             scores.append(fit_and_score(part, config, table, number, alpha=alpha))
         return {"alpha": alpha} | {
             f"{name}_{key}": value

@@ -26,6 +26,11 @@ PROJECTS = sorted(path.parent.name for path in ROOT.glob("*/config.yaml"))
 ROOMS = ("data", "model", "plots", "run")
 ROOM_FILES = [f"{room}.py" for room in (*ROOMS, "train")]
 FILES = ("README.md", "config.yaml", *ROOM_FILES, "results/reference/metrics.json")
+COMMON_KEYS = ["dataset", "data_dir", "out_dir", "device", "seed"]
+PARTS = ["Method", "Results", "Run", "What is written", "What was measured"]
+TYPE_SIZES = (
+    'plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})'
+)
 every_project = pytest.mark.parametrize("project", PROJECTS)
 
 
@@ -84,6 +89,14 @@ def test_every_key_has_a_comment_and_a_field(project):
     (config,) = [node for node in tree.body if getattr(node, "name", "") == "Config"]
     fields = [node.target.id for node in config.body if isinstance(node, ast.AnnAssign)]
     assert [key[1] for key in keys] == fields
+    assert fields[: len(COMMON_KEYS)] == COMMON_KEYS
+
+
+@every_project
+def test_readmes_and_plots_have_one_look(project):
+    readme = (ROOT / project / "README.md").read_text()
+    assert re.findall(r"^## (.*)$", readme, re.MULTILINE) == PARTS
+    assert TYPE_SIZES in (ROOT / project / "plots.py").read_text().splitlines()
 
 
 @every_project

@@ -10,6 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
 
+plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE = "tab:blue", "tab:orange", "tab:gray"
 STAGES = {"pretrain": "pretraining", "stage1": "stage 1", "transfer": "stage 2"}
 
@@ -50,11 +51,12 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
         )
         for axes in (top, bottom):
             axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
-    top.set(ylabel="loss: cross-entropy (nats),\nfrom stage 1 on plus Dice", title=title)
+    figure.suptitle(title)
+    top.set_ylabel("loss: cross-entropy (nats),\nfrom stage 1 on plus Dice")
     bottom.set(ylabel="validation mIoU", xlabel="training compute (epochs of stage 2)")
     bottom.set_ylim(0, 1)
     handles, labels = top.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -79,7 +81,7 @@ def plot_examples(
     figure, panels = plt.subplots(
         len(x), len(columns), figsize=(8, 1.5 * len(x) + 1), layout="constrained"
     )
-    figure.suptitle(f"Test images: {title}", fontsize=11)
+    figure.suptitle(f"Test images: {title}")
     for row, line in enumerate(panels):
         for panel, (name, pictures) in zip(line, columns.items(), strict=True):
             shown = pictures[row].cpu().numpy()
@@ -92,11 +94,9 @@ def plot_examples(
                 panel.imshow(shown)
             panel.axis("off")
             if row == 0:
-                panel.set_title(name, fontsize=10)
+                panel.set_title(name)
     handles = [Patch(color=color, label=name) for color, name in zip(colors, segments, strict=True)]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=9
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(segments), 6))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -121,7 +121,7 @@ def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set(xlabel="masks to train on", ylabel="test mIoU", ylim=(0, 1))
-    axes.set_title(f"What a pretrained down part is worth: {dataset}")
+    figure.suptitle(f"What a pretrained down part is worth: {dataset}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
