@@ -34,9 +34,16 @@ TYPE_SIZES = (
 every_project = pytest.mark.parametrize("project", PROJECTS)
 
 
-def start(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+def start(*command: str | Path, cwd: Path) -> subprocess.Popen:
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Status, output and errors."""
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
 
 
 def tiny_flags(project: str) -> list[str]:
@@ -103,17 +110,18 @@ def test_readmes_and_plots_have_one_look(project):
 def test_a_lone_copy_runs_in_an_empty_directory(project, tmp_path):
     leave = shutil.ignore_patterns("data", "results", "__pycache__")
     shutil.copytree(ROOT / project, tmp_path / project, ignore=leave)
+    run = start(f"{project}/train.py", *tiny_flags(project), "--out_dir", "out", cwd=tmp_path)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    answer = start(f"{project}/train.py", "--help", cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert answer.returncode == 0, answer.stderr
+    status, output, errors = finish(start(f"{project}/train.py", "--help", cwd=tmp_path))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the run joins it only when awaited
+    assert status == 0, errors
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # seconds
     for key in read_texts(ROOT / project / "config.yaml", AnyKey()):
-        assert f"--{key} " in answer.stdout
+        assert f"--{key} " in output
 
-    run = start(f"{project}/train.py", *tiny_flags(project), "--out_dir", "out", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    folder = tmp_path / run.stdout.splitlines()[-1]
+    status, output, errors = finish(run)
+    assert status == 0, errors
+    folder = tmp_path / output.splitlines()[-1]
     report = strict_json(folder / "metrics.json")
     keys = ["project", "dataset", "device", "seed", "seconds", "versions", "commit"]
     assert list(report) == [*keys, "headline", "metrics"]
@@ -306,15 +314,12 @@ def test_cuda_where_there_is_none_is_one_line(tmp_path, capsys):
 def test_every_project_refuses_a_wrong_setting_in_one_line(project, tmp_path):
     text = (ROOT / project / "config.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text + "seed: 1\n")
-    answer = start(ROOT / project / "train.py", "--config", "mine.yaml", cwd=tmp_path)
-    assert answer.returncode == 2
-    assert answer.stderr == "train.py: error: mine.yaml: key 'seed' stands twice\n"
-    assert os.listdir(tmp_path) == ["mine.yaml"]
-
-
-@every_project
-def test_no_data_set_of_that_name(project, tmp_path):
+    twice = start(ROOT / project / "train.py", "--config", "mine.yaml", cwd=tmp_path)
     flags = ["--dataset", "no such set", "--out_dir", "out"]
-    answer = start(ROOT / project / "train.py", *flags, cwd=tmp_path)
-    assert answer.returncode == 2
-    assert re.fullmatch(r"train.py: error: --dataset: expected .+\n", answer.stderr)
+    unknown = start(ROOT / project / "train.py", *flags, cwd=tmp_path)
+    wanted = "train.py: error: mine.yaml: key 'seed' stands twice\n"
+    assert finish(twice) == (2, "", wanted)
+    status, _, errors = finish(unknown)
+    assert status == 2
+    assert re.fullmatch(r"train.py: error: --dataset: expected .+\n", errors)
+    assert os.listdir(tmp_path) == ["mine.yaml"]

@@ -354,6 +354,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     folder = make_folder(tmp_path / "shades")
     (folder / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
     flags = (*TINY, "--dataset", "folder", "--data_dir", str(folder))
+    whole = start(*flags, "--out_dir", "unbroken", cwd=tmp_path)
     killed = start(*flags, "--out_dir", "killed", cwd=tmp_path)
     while not list(tmp_path.glob("killed/*/history.pt")):
         assert killed.poll() is None, killed.stderr.read()
@@ -362,8 +363,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     killed.communicate()
     (run,) = tmp_path.glob("killed/*")
     assert not (run / "metrics.json").exists()
-    unbroken = report_of(start(*flags, "--out_dir", "unbroken", cwd=tmp_path), tmp_path)
     resumed = report_of(start("--resume", str(run), cwd=tmp_path), tmp_path)
+    unbroken = report_of(whole, tmp_path)
     assert "1 unreadable files left out, the first: " in unbroken[2]
     timing = unbroken[1]["metrics"].pop("timing")
     resumed[1]["metrics"].pop("timing")

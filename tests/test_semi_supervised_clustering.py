@@ -434,6 +434,7 @@ def finish(process: subprocess.Popen, cwd: Path) -> tuple[Path, dict]:
 
 
 def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
+    whole = start(*TINY, "--out_dir", "a", cwd=tmp_path)
     killed = start(*TINY, "--out_dir", "killed", cwd=tmp_path)
     while not any("labels-5," in f.read_text() for f in tmp_path.glob("killed/*/history.csv")):
         assert killed.poll() is None, killed.stderr.read()
@@ -442,8 +443,9 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     killed.wait()
     (folder,) = tmp_path.glob("killed/*")
     assert not (folder / "metrics.json").exists()
-    unbroken, expected = finish(start(*TINY, "--out_dir", "a", cwd=tmp_path), tmp_path)
-    assert finish(start("--resume", str(folder), cwd=tmp_path), tmp_path)[1] == expected
+    _, resumed = finish(start("--resume", str(folder), cwd=tmp_path), tmp_path)
+    unbroken, expected = finish(whole, tmp_path)
+    assert resumed == expected
     rows = list(csv.DictReader((folder / "history.csv").open()))
     others = list(csv.DictReader((unbroken / "history.csv").open()))
     for row, other in zip(rows, others, strict=True):
