@@ -44,15 +44,19 @@ def start_run(
     """
     kinds = get_type_hints(settings)
     parser = make_parser(kinds, description)
-    flags = {name: text for name, text in vars(parser.parse_args(argv)).items() if text is not None}
+    given, unknown = parser.parse_known_args(argv)
+    flags = {name: text for name, text in vars(given).items() if text is not None}
     path, resume = flags.pop("config", PROJECT / "config.yaml"), flags.pop("resume", None)
     try:
+        if unknown:
+            name = unknown[0].split("=")[0]
+            raise ValueError(f"unknown flag '{name}'{hint(name, [f'--{key}' for key in kinds])}")
         if resume and flags.keys() - {"device"}:
             raise ValueError("--resume: only --device may differ from the run's own settings")
         config = read_config(settings, kinds, resume / "config.yaml" if resume else path, flags)
         run = resume or open_run(config)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        parser.error(" ".join(str(error).split()))
     sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
     print(f"run: {run} on {config.device}   (cut short? --resume {run})")
     end_on_ctrl_c(run)
@@ -69,6 +73,7 @@ def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")  # without usage
     parser.add_argument("--config", metavar="FILE", type=Path, help="the settings (config.yaml)")
     parser.add_argument("--resume", metavar="RUN", type=Path, help="folder of a run to finish")
     for name in kinds:
@@ -100,9 +105,7 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
     for key, node in root.value:
         name = str(key.value)
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{path}: unknown key '{name}'{hint}")
+            raise ValueError(f"{path}: unknown key '{name}'{hint(name, list(kinds))}")
         if name in texts:
             raise ValueError(f"{path}: key '{name}' stands twice")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
@@ -114,6 +117,11 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
     if missing := [name for name in kinds if name not in texts]:
         raise ValueError(f"{path}: missing key '{missing[0]}'")
     return texts
+
+
+def hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean '{near[0]}'?" if near else ""
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
