@@ -196,7 +196,7 @@ def one_cycle(step: int, *, total: int, warm_up: float) -> float:
     return min((step + 1) / max(rising, 1), max(total - step, 0) / (total - rising))
 
 
-# --- comparison of starts ----------------------------------------------------------------------
+# --- comparison of starts ---------------------------------------------------------------------
 
 
 def compare_starts(rows: dict[str, list[list[dict]]]) -> dict:

@@ -254,7 +254,9 @@ def save_checkpoint(run: Path, stage: str, parts: dict[str, Any], history: list[
     writer.writerows(history)
     replace_file(run / "history.csv", table.getvalue().encode())
     state = {name: part.state_dict() for name, part in parts.items()}
-    save(run / "history.pt", {"stage": stage, "history": history, "parts": state})
+    seconds = time.perf_counter() - STARTED
+    checkpoint = {"stage": stage, "seconds": seconds, "history": history, "parts": state}
+    save(run / "history.pt", checkpoint)
 
 
 def load_checkpoint(run: Path, stage: str, parts: dict[str, Any]) -> list[dict]:
@@ -263,9 +265,11 @@ def load_checkpoint(run: Path, stage: str, parts: dict[str, Any]) -> list[dict]:
     `parts` are put into the state saved there if it is of this stage. They are left alone if the
     stage has not begun, or has ended and another has begun: its best weights are then in a file.
     """
+    global STARTED
     if not (run / "history.pt").exists():
         return []
     checkpoint = torch.load(run / "history.pt", map_location="cpu", weights_only=True)
+    STARTED = min(STARTED, time.perf_counter() - checkpoint["seconds"])  # an earlier process's too
     if checkpoint["stage"] == stage:
         for name, part in parts.items():
             part.load_state_dict(checkpoint["parts"][name])

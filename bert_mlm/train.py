@@ -175,19 +175,9 @@ def main() -> None:
 
     first.models["after"].save_pretrained(run / "model")
     start.tokenizer.save_pretrained(run / "model")
-    title = f"{start.about['name']} on {first.tweets.name}"
-    pretraining = start.about.get("pretraining")
-    result = f"{title}: test perplexity " + ", ".join(
-        f"{first.scores[name]['perplexity']:.0f} {name}" for name in ("before", "after", "scratch")
-    )
-    plot_curves(first.history, pretraining, first.val_unigram, result, run / "curves.png")
-    plot_accuracy(first.scores, result, run / "accuracy.png")
-    plot_gaps(gaps(first, start, config), title, run / "gaps.png")
-    headline = {
-        name: mean(trial.scores[model][score] for trial in trials)
-        for name, (model, score) in HEADLINE.items()
-    }
-    finish_run(run, config, dataset=first.tweets.name, headline=headline, metrics=metrics)
+    draw(first, start, config, run)
+    dataset = first.tweets.name
+    finish_run(run, config, dataset=dataset, headline=headline(trials), metrics=metrics)
 
 
 def load_tweets(config: Config, seed: int) -> Tweets:
@@ -384,7 +374,7 @@ def train_one_epoch(
     }
 
 
-# --- what the run has to say ------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------
 
 
 def summarise(trials: list[Trial], start: Start) -> dict:
@@ -440,6 +430,26 @@ def gaps(trial: Trial, start: Start, config: Config, count: int = 4) -> list[dic
         }
         found.append({"text": (text[:begin], text[end:]), "word": text[begin:end].strip()} | best)
     return found
+
+
+def headline(trials: list[Trial]) -> dict[str, float]:
+    """Means over the seeds."""
+    return {
+        name: mean(trial.scores[model][score] for trial in trials)
+        for name, (model, score) in HEADLINE.items()
+    }
+
+
+def draw(trial: Trial, start: Start, config: Config, run: Path) -> None:
+    """The pictures, of the first seed."""
+    title = f"{start.about['name']} on {trial.tweets.name}"
+    result = f"{title}: test perplexity " + ", ".join(
+        f"{trial.scores[name]['perplexity']:.0f} {name}" for name in ("before", "after", "scratch")
+    )
+    pretraining = start.about.get("pretraining")
+    plot_curves(trial.history, pretraining, trial.val_unigram, result, run / "curves.png")
+    plot_accuracy(trial.scores, result, run / "accuracy.png")
+    plot_gaps(gaps(trial, start, config), title, run / "gaps.png")
 
 
 if __name__ == "__main__":

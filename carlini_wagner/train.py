@@ -145,13 +145,8 @@ def main() -> None:
         name: measure(name, outcome, task, config.kappa) for name, outcome in outcomes.items()
     }
     draw(task, outcomes, metrics, run)
-    headline = {
-        f"{name}_{key}": metrics[name][key]
-        for name in config.criteria
-        for key in ("success", "png_success", "mean_l2", "mean_forwards")
-        if metrics[name][key] is not None  # no success, no mean distance
-    }
-    finish_run(run, config, dataset=task.name, headline=headline, metrics=metrics)
+    numbers = headline(metrics, config)
+    finish_run(run, config, dataset=task.name, headline=numbers, metrics=metrics)
 
 
 # --- pictures and networks --------------------------------------------------------------------
@@ -359,7 +354,7 @@ def search(
     return found, *repair(task.network, x, target, found, steps=config.repair_steps, **common)
 
 
-# --- numbers and pictures ---------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------
 
 
 def measure(criterion: str, outcome: Outcome, task: Task, kappa: float) -> dict:
@@ -417,6 +412,15 @@ def describe(
         "forwards": outcome.queries.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def headline(metrics: dict, config: Config) -> dict[str, float]:
+    return {
+        f"{name}_{key}": metrics[name][key]
+        for name in config.criteria
+        for key in ("success", "png_success", "mean_l2", "mean_forwards")
+        if metrics[name][key] is not None  # no success, no mean distance
+    }
 
 
 def draw(task: Task, outcomes: dict[str, Outcome], metrics: dict, run: Path) -> None:

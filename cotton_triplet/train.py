@@ -120,10 +120,7 @@ def main() -> None:
     metrics["collapsed_epochs"] = sum(row["collapsed"] for row in rows["both"])
     metrics["timing"] = timing(models["both"], rows["both"], data, config)
     draw(metrics, said, rows["both"], data, config, run)
-    both = metrics["both"]
-    headline = {name: both[name] for name in ("accuracy", "macro_f1")}
-    headline |= {name: both["embedding"][name] for name in ("precision_at_1", "silhouette")}
-    finish_run(run, config, dataset=data.name, headline=headline, metrics=metrics)
+    finish_run(run, config, dataset=data.name, headline=headline(metrics), metrics=metrics)
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -345,7 +342,13 @@ def clock(x: Tensor) -> float:
     return time.perf_counter()
 
 
-# --- pictures ---------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------
+
+
+def headline(metrics: dict) -> dict[str, float]:
+    both = metrics["both"]
+    numbers = {name: both[name] for name in ("accuracy", "macro_f1")}
+    return numbers | {name: both["embedding"][name] for name in ("precision_at_1", "silhouette")}
 
 
 def draw(

@@ -66,24 +66,24 @@ def plot_precision_recall(
 def plot_examples(
     x: list[Tensor], y: list[dict], before: list[dict], after: list[dict], title: str, path: Path
 ) -> None:
-    """Pictures (3, H, W) with, as columns, annotation, the five surest boxes before, those after.
+    """Pictures (3, H, W) with, as rows, annotation, the five surest boxes before, those after.
 
     Shown are the first three pictures with two or more pieces, and the first without litter.
     """
     pieces = [len(one["boxes"]) for one in y]
     chosen = [i for i, number in enumerate(pieces) if number > 1][:3]
     chosen += [i for i, number in enumerate(pieces) if number == 0][:1]
-    size = (6.5, 2.2 * len(chosen) + 0.6)
-    figure, panels = plt.subplots(len(chosen), 3, figsize=size, layout="constrained", squeeze=False)
-    for line, number in zip(panels, chosen, strict=True):
+    size = (2.2 * len(chosen) + 0.4, 6.9)
+    figure, panels = plt.subplots(3, len(chosen), figsize=size, layout="constrained", squeeze=False)
+    for column, number in zip(panels.T, chosen, strict=True):
         first = {name: part[:5] for name, part in before[number].items()}
-        columns = ((y[number], TRUTH), (first, WRONG), (after[number], FOUND))
-        for axes, (boxes, color) in zip(line, columns, strict=True):
+        rows = ((y[number], TRUTH), (first, WRONG), (after[number], FOUND))
+        for axes, (boxes, color) in zip(column, rows, strict=True):
             show(axes, x[number])
             draw_boxes(axes, boxes, color)
     names = ("annotation", "before: five surest", "after")
-    for axes, name in zip(panels[0], names, strict=True):
-        axes.set_title(name)
+    for axes, name in zip(panels[:, 0], names, strict=True):
+        axes.set_ylabel(name)
     figure.suptitle(f"Test pictures, {title}")
     save_photos(figure, path)
 

@@ -364,6 +364,42 @@ def judge(
     return Judged(predictions, metrics, precision, count(predictions, y), seconds)
 
 
+# --- one's own photographs --------------------------------------------------------------------
+
+
+def find_litter(config: Config, run: Path, device: torch.device) -> None:
+    """Each photograph with its boxes as PNG, and boxes.csv in the photographs' own pixels."""
+    saved = read_detector(config.weights)
+    model = restore(saved, config).to(device).eval()
+    rows, photos, unreadable = [], list_photos(config.predict), 0
+    for path in tqdm(photos, "finding litter", leave=False, disable=None):
+        try:
+            picture, size = read_photo(path, saved["image_size"])
+        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
+            unreadable += 1
+            print(f"left out: {path} ({error})")
+            continue
+        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        found = above(detect(model, [x.to(device).float() / 255])[0], saved["threshold"])
+        plot_photo(x, found, saved["classes"], path.name, run / f"{path.stem}-litter.png")
+        factor = torch.tensor([size[0] / x.shape[2], size[1] / x.shape[1]] * 2)
+        corners = (found["boxes"] * factor).round(decimals=1).tolist()
+        for box, label, score in zip(corners, found["labels"], found["scores"], strict=True):
+            rows.append((path.name, saved["classes"][label - 1], f"{score:.4f}", *box))
+    with (run / "boxes.csv").open("w", newline="", encoding="utf-8") as file:
+        header = ("file", "class", "confidence", "x1", "y1", "x2", "y2")
+        csv.writer(file).writerows([header, *rows])
+    numbers = {
+        "photographs": len(photos) - unreadable,
+        "boxes": len(rows),
+        "threshold": saved["threshold"],
+    }
+    finish_run(run, config, dataset=config.predict.name, headline=numbers, metrics={})
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
 def describe(data: Data, model: nn.Module, start: str) -> dict:
     """metrics.json's numbers on the data and the network."""
     numbers = {"note": data.note, "start": start}
@@ -426,39 +462,6 @@ def draw(
     plot_examples(test.x, test.y, before.predictions, kept, title, run / "examples.png")
     alarms, misses = mistakes(kept, test.y)
     plot_mistakes(test.x, alarms, misses, title, run / "mistakes.png")
-
-
-# --- one's own photographs --------------------------------------------------------------------
-
-
-def find_litter(config: Config, run: Path, device: torch.device) -> None:
-    """Each photograph with its boxes as PNG, and boxes.csv in the photographs' own pixels."""
-    saved = read_detector(config.weights)
-    model = restore(saved, config).to(device).eval()
-    rows, photos, unreadable = [], list_photos(config.predict), 0
-    for path in tqdm(photos, "finding litter", leave=False, disable=None):
-        try:
-            picture, size = read_photo(path, saved["image_size"])
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            unreadable += 1
-            print(f"left out: {path} ({error})")
-            continue
-        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        found = above(detect(model, [x.to(device).float() / 255])[0], saved["threshold"])
-        plot_photo(x, found, saved["classes"], path.name, run / f"{path.stem}-litter.png")
-        factor = torch.tensor([size[0] / x.shape[2], size[1] / x.shape[1]] * 2)
-        corners = (found["boxes"] * factor).round(decimals=1).tolist()
-        for box, label, score in zip(corners, found["labels"], found["scores"], strict=True):
-            rows.append((path.name, saved["classes"][label - 1], f"{score:.4f}", *box))
-    with (run / "boxes.csv").open("w", newline="", encoding="utf-8") as file:
-        header = ("file", "class", "confidence", "x1", "y1", "x2", "y2")
-        csv.writer(file).writerows([header, *rows])
-    numbers = {
-        "photographs": len(photos) - unreadable,
-        "boxes": len(rows),
-        "threshold": saved["threshold"],
-    }
-    finish_run(run, config, dataset=config.predict.name, headline=numbers, metrics={})
 
 
 if __name__ == "__main__":

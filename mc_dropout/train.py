@@ -219,7 +219,7 @@ def validate(network: nn.Sequential, val: Images, chunk_images: int) -> dict[str
     return {"val_loss": float(F.cross_entropy(logits, val.y)), "val_accuracy": float(accuracy)}
 
 
-# --- comparison -------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------
 
 
 def judge(network: nn.Sequential, data: Data, config: Config, number: int) -> Outcome:
@@ -334,6 +334,9 @@ def stopwatch(call: Callable) -> float:
     began = time.perf_counter()
     call().sum().item()  # waits for the device
     return time.perf_counter() - began
+
+
+# --- report -----------------------------------------------------------------------------------
 
 
 def headline(metrics: dict, config: Config) -> dict[str, float]:

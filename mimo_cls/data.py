@@ -135,7 +135,7 @@ def as_float(x: Tensor) -> Tensor:
     return (x / 255 - 0.5) / 0.25
 
 
-# --- images that are harder than those of training ---------------------------------------------
+# --- images that are harder than those of training --------------------------------------------
 
 
 def add_noise(x: Tensor, deviation: float) -> Tensor:

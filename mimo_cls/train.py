@@ -277,7 +277,7 @@ def use_bfloat16(config: Config) -> bool:
     return config.precision == "bfloat16"
 
 
-# --- testing ----------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -373,6 +373,9 @@ def stopwatch(call: Callable[[], Tensor]) -> float:
     began = time.perf_counter()
     call().sum().item()  # waits for the device
     return time.perf_counter() - began
+
+
+# --- report -----------------------------------------------------------------------------------
 
 
 def headline(metrics: dict) -> dict[str, float]:

@@ -161,7 +161,7 @@ def new_trial(source: Source, config: Config, run: Path, device: torch.device) -
     return Trial(config, run, splits.to(device), keys, len(source.classes), source.mirror)
 
 
-# --- training: neither a test picture nor a true label of the pool decides anything here -------
+# --- training: neither a test picture nor a true label of the pool decides anything here ------
 
 
 def self_train(trial: Trial, name: str) -> Outcome:
@@ -324,7 +324,7 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
     return int((logits.argmax(1) == y).sum()) / len(y)
 
 
-# --- results ----------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------
 
 
 def judge(trial: Trial, outcomes: dict[str, Outcome]) -> dict:

@@ -91,35 +91,19 @@ class Config:
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
     table = load_table(config)
-    sizes = {"rows": len(table.x), "features": table.x.shape[1], "classes": list(table.classes)}
-    sizes |= {"rows_dropped": table.dropped, "rows_without_class": int((table.y < 0).sum())}
-    metrics = {"data": sizes}
+    metrics = {"data": describe(table)}
     metrics["cluster"], metrics["timing"] = show(table, config, run, device)
     rows = compare(table, config, run, device)
     metrics["by_labels"] = summarise_labels(rows)
-    splits = f"{table.name}, {len(table.x)} rows, {config.splits} splits"
-    plot_label_counts(metrics["by_labels"], splits, run)
     counts = sorted({config.label_count, max(config.label_counts)})
-    sweeps = {str(count): sweep_alpha(table, config, run, device, count) for count in counts}
-    metrics["by_alpha"] = sweeps
-    plot_alpha(sweeps, config.alpha, splits, run)
+    metrics["by_alpha"] = {
+        str(count): sweep_alpha(table, config, run, device, count) for count in counts
+    }
     if config.scale_study:
         metrics["timing"]["scale"] = time_beside_sklearn(config, device)
-
-    scores = metrics["by_labels"][str(config.label_count)]
-    finish_run(
-        run,
-        config,
-        dataset=table.name,
-        headline={
-            "accuracy": scores["ours"]["accuracy"]["mean"],
-            "kmeans_accuracy": scores["kmeans"]["accuracy"]["mean"],
-            "supervised_accuracy": scores["logistic"]["accuracy"]["mean"],
-            "ari": scores["ours"]["ari"]["mean"],
-            "points_per_second": metrics["timing"]["points_per_second"],
-        },
-        metrics=metrics,
-    )
+    draw(metrics, table, config, run)
+    numbers = headline(metrics, config)
+    finish_run(run, config, dataset=table.name, headline=numbers, metrics=metrics)
 
 
 def load_table(config: Config) -> Table:
@@ -152,7 +136,7 @@ def draw_split(
     return part._replace(x=part.x.to(device), x_test=part.x_test.to(device))
 
 
-# --- one clustering, step by step ---------------------------------------------------------------
+# --- one clustering, step by step -------------------------------------------------------------
 
 
 def make_model(config: Config, table: Table, *, number: int, **changes) -> ClusterThenLabel:
@@ -237,7 +221,7 @@ def write_predictions(
         writer.writerows(sorted(lines))
 
 
-# --- over splits --------------------------------------------------------------------------------
+# --- over splits ------------------------------------------------------------------------------
 
 
 def record(run: Path, stage: str, seed: int, jobs: list[Callable[[], dict]]) -> list[dict]:
@@ -384,7 +368,7 @@ def sweep_alpha(
     }
 
 
-# --- scale --------------------------------------------------------------------------------------
+# --- scale ------------------------------------------------------------------------------------
 
 
 def time_beside_sklearn(config: Config, device: torch.device) -> dict:
@@ -435,6 +419,33 @@ def time_beside_sklearn(config: Config, device: torch.device) -> dict:
     ratio = median(times["ours"]) / median(times["sklearn"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return numbers | {"ours_by_sklearn": ratio, "peak_gigabytes": peak}
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def describe(table: Table) -> dict:
+    numbers = {"rows": len(table.x), "features": table.x.shape[1], "classes": list(table.classes)}
+    unknown = int((table.y < 0).sum())
+    return numbers | {"rows_dropped": table.dropped, "rows_without_class": unknown}
+
+
+def headline(metrics: dict, config: Config) -> dict[str, float]:
+    scores = metrics["by_labels"][str(config.label_count)]
+    return {
+        "accuracy": scores["ours"]["accuracy"]["mean"],
+        "kmeans_accuracy": scores["kmeans"]["accuracy"]["mean"],
+        "supervised_accuracy": scores["logistic"]["accuracy"]["mean"],
+        "ari": scores["ours"]["ari"]["mean"],
+        "points_per_second": metrics["timing"]["points_per_second"],
+    }
+
+
+def draw(metrics: dict, table: Table, config: Config, run: Path) -> None:
+    """The pictures of all splits; `show` has drawn those of one clustering."""
+    title = f"{table.name}, {len(table.x)} rows, {config.splits} splits"
+    plot_label_counts(metrics["by_labels"], title, run)
+    plot_alpha(metrics["by_alpha"], config.alpha, title, run)
 
 
 if __name__ == "__main__":

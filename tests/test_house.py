@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from typing import Literal
 import pytest
 import torch
 
+from unet_transfer import run as run_py
 from unet_transfer.run import read_texts, start_run
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +99,22 @@ def test_every_key_has_a_comment_and_a_field(project):
     fields = [node.target.id for node in config.body if isinstance(node, ast.AnnAssign)]
     assert [key[1] for key in keys] == fields
     assert fields[: len(COMMON_KEYS)] == COMMON_KEYS
+
+
+@every_project
+def test_train_py_tells_its_story_in_one_order(project):
+    """Settings, main, its parts, and last what the run reports."""
+    text = (ROOT / project / "train.py").read_text()
+    tree = ast.parse(text)
+    names = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    functions = [name for name in names if not name[0].isupper()]
+    assert names[0] == "Config"
+    assert functions[0] == "main"
+    assert functions.index("headline") < functions.index("draw")
+    *_, report = text.split("\n# --- ")
+    assert report.startswith("report -")
+    assert "def headline(" in report and "def draw(" in report
+    assert all(len(line) == 96 for line in text.splitlines() if line.startswith("# ---"))
 
 
 @every_project
@@ -327,3 +345,16 @@ def test_every_project_refuses_a_wrong_setting_in_one_line(project, tmp_path):
     assert status == 2
     assert re.fullmatch(r"train.py: error: --dataset: expected .+\n", errors)
     assert os.listdir(tmp_path) == ["mine.yaml"]
+
+
+# --- resume -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_counts_the_seconds_of_its_earlier_process(tmp_path, monkeypatch):
+    began = time.perf_counter()
+    monkeypatch.setattr(run_py, "STARTED", began - 100)  # the process that is killed
+    run_py.save_checkpoint(tmp_path, "train", {}, [{"stage": "train", "epoch": 1}])
+    monkeypatch.setattr(run_py, "STARTED", began)  # the one that goes on
+    for _ in range(2):  # as each stage asks for it
+        assert run_py.load_checkpoint(tmp_path, "train", {}) == [{"stage": "train", "epoch": 1}]
+    assert 100 <= time.perf_counter() - run_py.STARTED < 105

@@ -333,7 +333,7 @@ def test_impossible_data_are_refused():
             ClusterThenLabel(1).fit(points, labels)
 
 
-# --- data ---------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------
 
 CSV = "size,kind,weight,name\n1,a,10,p\n2,b,,q\n3,,30,r\n4,a,40,s\n"
 
@@ -414,7 +414,7 @@ def test_download_is_verified(tmp_path):
     assert not (tmp_path / "u.csv").exists()
 
 
-# --- as a user starts it ------------------------------------------------------------------------
+# --- as a user starts it ----------------------------------------------------------------------
 
 
 def start(*flags: str, cwd: Path) -> subprocess.Popen:

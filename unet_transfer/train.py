@@ -115,30 +115,10 @@ def main() -> None:
     task = load_task(config, device)
     compared = compare(task, config, run, mask_count=config.mask_count, seed=config.seed)
     metrics = compared.metrics
-
-    title = f"{task.name}, {config.mask_count} masks: test mIoU " + ", ".join(
-        f"{metrics[method]['test_miou']:.2f} {name}"
-        for method, name in (("transfer", "pretrained"), ("scratch", "from scratch"))
-    )
-    plot_curves(compared.history, metrics["compute"], title, run / "curves.png")
-    x, y = next(batches(task.segmentation.test, 4))
-    masks = {name: predict(compared.models[name], x) for name in ("scratch", "stage1", "transfer")}
-    plot_examples(x, y, masks, task.segments, title, run / "examples.png")
     if config.study:
         metrics["label_efficiency"] = study(task, config, run)
-        plot_label_efficiency(metrics["label_efficiency"], task.name, run / "label_efficiency.png")
-    finish_run(
-        run,
-        config,
-        dataset=task.name,
-        headline={
-            "classification_accuracy": metrics["classification"]["test_accuracy"],
-            "stage1_miou": metrics["stage1"]["test_miou"],
-            "transfer_miou": metrics["transfer"]["test_miou"],
-            "scratch_miou": metrics["scratch"]["test_miou"],
-        },
-        metrics=metrics,
-    )
+    draw(metrics, compared, task, config, run)
+    finish_run(run, config, dataset=task.name, headline=headline(metrics), metrics=metrics)
 
 
 def load_task(config: Config, device: torch.device) -> Task:
@@ -161,6 +141,9 @@ def load_task(config: Config, device: torch.device) -> Task:
     return task._replace(
         classification=task.classification.to(device), segmentation=task.segmentation.to(device)
     )
+
+
+# --- training ---------------------------------------------------------------------------------
 
 
 def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int) -> Compared:
@@ -323,6 +306,9 @@ def train_one_epoch(model: nn.Module, stage: Stage, step: Callable, label: str) 
     return float(losses.sum()) / images
 
 
+# --- evaluation -------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def evaluate_classes(model: nn.Module, examples: Examples, batch_size: int) -> dict:
     """Cross-entropy in nats and accuracy, each a sum over all images divided by their number."""
@@ -381,6 +367,28 @@ def study(task: Task, config: Config, run: Path) -> dict:
             summary = {"mean": mean(scores), "sd": spread, "of_seeds": scores}
             efficiency[method][str(count)] = summary
     return efficiency
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def headline(metrics: dict) -> dict[str, float]:
+    methods = ("stage1", "transfer", "scratch")
+    numbers = {"classification_accuracy": metrics["classification"]["test_accuracy"]}
+    return numbers | {f"{method}_miou": metrics[method]["test_miou"] for method in methods}
+
+
+def draw(metrics: dict, compared: Compared, task: Task, config: Config, run: Path) -> None:
+    title = f"{task.name}, {config.mask_count} masks: test mIoU " + ", ".join(
+        f"{metrics[method]['test_miou']:.2f} {name}"
+        for method, name in (("transfer", "pretrained"), ("scratch", "from scratch"))
+    )
+    plot_curves(compared.history, metrics["compute"], title, run / "curves.png")
+    x, y = next(batches(task.segmentation.test, 4))
+    masks = {name: predict(compared.models[name], x) for name in ("scratch", "stage1", "transfer")}
+    plot_examples(x, y, masks, task.segments, title, run / "examples.png")
+    if config.study:
+        plot_label_efficiency(metrics["label_efficiency"], task.name, run / "label_efficiency.png")
 
 
 if __name__ == "__main__":
