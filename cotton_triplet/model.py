@@ -76,7 +76,10 @@ def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
         stride = 1 if number == 0 else 2
         shortcut = None  # the identity, where shapes allow
         if stride != 1 or before != width:
-            shortcut = nn.Sequential(conv(before, width, 1, stride), nn.BatchNorm2d(width))
+            # a strided 1x1 convolution, in two steps: the one step writes past its memory on CPUs
+            # with AVX2, if it has less than 8 channels (oneDNN issue 6035)
+            every = nn.MaxPool2d(1, stride)
+            shortcut = nn.Sequential(every, conv(before, width, 1, 1), nn.BatchNorm2d(width))
         layers.append(BasicBlock(before, width, stride, shortcut))
         before = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.models import get_model_weights
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
@@ -318,6 +317,8 @@ def find_coco_weights(architecture: str, data_dir: Path) -> None:
 
     By hand they are put into data_dir/checkpoints. Raises DataError if they cannot be had.
     """
+    from torchvision.models import get_model_weights  # imported where it is used: it is slow
+
     if architecture == "small":
         raise DataError("there are no COCO weights for the architecture small")
     url = get_model_weights(f"fasterrcnn_{architecture}").DEFAULT.url

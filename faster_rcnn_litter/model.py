@@ -4,6 +4,8 @@ Ren, He, Girshick & Sun 2015, "Faster R-CNN: Towards Real-Time Object Detection 
 Networks", over a feature pyramid (Lin et al. 2017). Deviations for `small`: group normalisation
 (Wu & He 2018), a pyramid of 64 channels that begins at stride 8, a box head of 128 features, and
 only as many sampled regions as a picture with a handful of things has use for.
+
+torchvision is imported where it is used: it is slow, and --help should not wait for it.
 """
 
 import contextlib
@@ -13,17 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import (
-    FeaturePyramidNetwork,
-    FrozenBatchNorm2d,
-    MultiScaleRoIAlign,
-    box_iou,
-    nms,
-)
 
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors, as in section 3.1.1
 WIDTHS = (24, 32, 64, 96, 128)  # channels at strides 2, 4, 8, 16, 32
@@ -69,6 +60,8 @@ class LightBackbone(nn.Module):
     out_channels = PYRAMID
 
     def __init__(self) -> None:
+        from torchvision.ops import FeaturePyramidNetwork
+
         super().__init__()
         self.stages = nn.ModuleList()
         for inputs, width, blocks in zip((3, *WIDTHS[:-1]), WIDTHS, BLOCKS, strict=True):
@@ -84,22 +77,17 @@ class LightBackbone(nn.Module):
         return self.fpn(OrderedDict((str(i), part) for i, part in enumerate(features[2:])))
 
 
-class AsItIs(GeneralizedRCNNTransform):
-    """torchvision's normalisation and padding to a batch, without resizing: data.py did that."""
-
-    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        return image, target
-
-
 def make_detector(
     architecture: str, *, classes: int, sampling: Sampling, sides: list[float], coco: bool
-) -> FasterRCNN:
+) -> nn.Module:
     """`small` with random weights, or one of torchvision's, with COCO weights if `coco`.
 
     `classes` counts the background, label 0. `sides` are those of small's anchors in pixels, at
     strides 8, 16, 32; torchvision's networks keep the anchors of their weights. COCO weights come
     from torch.hub's folder with their head of 91 classes, and with batch normalisation frozen.
     """
+    from torchvision.models import detection
+
     options = {
         "rpn_batch_size_per_image": sampling.anchors,
         "box_batch_size_per_image": sampling.regions,
@@ -110,28 +98,37 @@ def make_detector(
         "rpn_score_thresh": 0.0,
         "box_score_thresh": 0.01,  # precision is wanted at every recall
     }
-    if architecture != "small":
+    if architecture == "small":
+        model = small_detector(classes, sides, options)
+    else:
         make = getattr(detection, f"fasterrcnn_{architecture}")
         if coco:
             model = freeze_batchnorm(make(weights="DEFAULT", progress=False, **options))
         else:
             model = make(weights=None, weights_backbone=None, num_classes=classes, **options)
-    else:
-        anchors = AnchorGenerator([(side,) for side in sides], (RATIOS,) * len(sides))
-        model = FasterRCNN(
-            LightBackbone(),
-            rpn_anchor_generator=anchors,
-            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1),
-            box_head=TwoMLPHead(PYRAMID * 7**2, BOX_HEAD),
-            box_predictor=FastRCNNPredictor(BOX_HEAD, classes),
-            **options,
-        )
-    model.transform = AsItIs(0, 0, model.transform.image_mean, model.transform.image_std)
+    model.transform.resize = lambda image, target=None: (image, target)  # data.py did that
     return model
 
 
-def replace_head(model: FasterRCNN, classes: int) -> None:
+def small_detector(classes: int, sides: list[float], options: dict) -> nn.Module:
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+    from torchvision.ops import MultiScaleRoIAlign
+
+    return FasterRCNN(
+        LightBackbone(),
+        rpn_anchor_generator=AnchorGenerator([(side,) for side in sides], (RATIOS,) * len(sides)),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1),
+        box_head=TwoMLPHead(PYRAMID * 7**2, BOX_HEAD),
+        box_predictor=FastRCNNPredictor(BOX_HEAD, classes),
+        **options,
+    )
+
+
+def replace_head(model: nn.Module, classes: int) -> None:
     """A fresh last layer for `classes` classes, background among them; all else stays."""
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
     inputs = model.roi_heads.box_predictor.cls_score.in_features
     model.roi_heads.box_predictor = FastRCNNPredictor(inputs, classes)
 
@@ -142,6 +139,8 @@ def freeze_batchnorm(module: nn.Module, eps: float | None = None) -> nn.Module:
     Statistics of two pictures are noise. Without gradients alone, such a layer would still
     normalise by them in train mode, and move its running mean and variance.
     """
+    from torchvision.ops import FrozenBatchNorm2d
+
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             fixed = FrozenBatchNorm2d(child.num_features, child.eps if eps is None else eps)
@@ -154,6 +153,8 @@ def freeze_batchnorm(module: nn.Module, eps: float | None = None) -> nn.Module:
 
 def frozen_eps(model: nn.Module) -> float | None:
     """Frozen batch normalisation's eps, which no state dict holds; None if nothing is frozen."""
+    from torchvision.ops import FrozenBatchNorm2d
+
     eps = [part.eps for part in model.modules() if isinstance(part, FrozenBatchNorm2d)]
     return eps[0] if eps else None
 
@@ -178,7 +179,7 @@ class Mixed(nn.Module):
         return tuple([part.float() for part in parts] for parts in out)
 
 
-def mix_precision(model: FasterRCNN, amp: bool) -> FasterRCNN:
+def mix_precision(model: nn.Module, amp: bool) -> nn.Module:
     """Convolutions over whole pictures in bfloat16 if `amp`, all that reckons with boxes not."""
     model.backbone = Mixed(model.backbone, amp)
     model.rpn.head = Mixed(model.rpn.head, amp)
@@ -210,7 +211,7 @@ def fit_anchors(boxes: Tensor) -> list[float]:
 # --- losses and predictions -------------------------------------------------------------------
 
 
-def losses(model: FasterRCNN, x: list[Tensor], y: list[dict]) -> dict[str, Tensor]:
+def losses(model: nn.Module, x: list[Tensor], y: list[dict]) -> dict[str, Tensor]:
     """The four parts, by LOSSES' names, whose sum is minimised; the model has to be in train mode.
 
     x: float pictures (3, H, W) in [0, 1]; y: for each "boxes" float (K, 4) and "labels" long (K,)
@@ -224,7 +225,7 @@ def losses(model: FasterRCNN, x: list[Tensor], y: list[dict]) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def detect(model: FasterRCNN, x: list[Tensor]) -> list[dict[str, Tensor]]:
+def detect(model: nn.Module, x: list[Tensor]) -> list[dict[str, Tensor]]:
     """For each picture "boxes" (K, 4), "labels" (K,), "scores" (K,), best first; in eval mode."""
     if model.training:
         raise RuntimeError("predictions need eval mode")
@@ -233,6 +234,8 @@ def detect(model: FasterRCNN, x: list[Tensor]) -> list[dict[str, Tensor]]:
 
 def as_one_class(predictions: list[dict]) -> list[dict]:
     """COCO's classes all taken for litter; of boxes that then overlap by half, the best stays."""
+    from torchvision.ops import nms
+
     merged = []
     for one in predictions:
         stays = nms(one["boxes"], one["scores"], 0.5)
@@ -296,6 +299,8 @@ def match(prediction: dict, y: dict) -> Tensor:
 
     Of the pieces of its class it takes the one it overlaps most, as pycocotools does.
     """
+    from torchvision.ops import box_iou
+
     overlap = box_iou(prediction["boxes"], y["boxes"])
     overlap = overlap * (prediction["labels"][:, None] == y["labels"][None])
     found = torch.full((len(overlap),), -1)
@@ -388,6 +393,8 @@ def mistakes(kept: list[dict], y: list[dict]) -> tuple[list[tuple], list[tuple]]
     """False alarms (confidence, picture, box), surest first; missed pieces (best IoU with a
     prediction, picture, box), largest first.
     """
+    from torchvision.ops import box_iou
+
     alarms, misses = [], []
     for number, (one, truth) in enumerate(zip(kept, y, strict=True)):
         found = match(one, truth)
