@@ -136,7 +136,7 @@ def save_photos(figure: Figure, path: Path) -> None:
 
 
 def show(axes: Axes, x: Tensor) -> None:
-    axes.imshow(x.permute(1, 2, 0).cpu().numpy())
+    axes.imshow(x.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
