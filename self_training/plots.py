@@ -44,6 +44,7 @@ def plot_accuracy(metrics: dict, own: str, title: str, path: Path) -> None:
     for text, (value, color, style) in lines.items():
         for axes in (left, right):
             axes.axhline(value, color=color, linestyle=style, linewidth=1.3, label=text)
+    left.set_ylim(top=max(left.get_ylim()[1], metrics["oracle"]["mean"] + 0.01))
     seeds = len(metrics["oracle"]["of_seeds"])
     left.set(xlabel="pseudo-labels in the training set", ylabel="test accuracy")
     left.set_title(f"mean ± sd while all {seeds} seeds go on; dots: round kept")
