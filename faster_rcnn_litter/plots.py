@@ -27,19 +27,19 @@ PARTS = {
 
 def plot_curves(history: list[dict], title: str, path: Path) -> None:
     """The four parts of the training loss, and the validation AP, over the epochs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["train_loss"] for row in history], color=TRAIN, linewidth=2, label="sum")
     for (key, name), style in zip(PARTS.items(), ("-", "--", "-.", ":"), strict=True):
         values = [row[key] for row in history]
         left.plot(epochs, values, style, color=TRAIN, linewidth=1.2, alpha=0.8, label=name)
     left.set(xlabel="epoch", ylabel="training loss (nats + smooth L1)", yscale="log")
-    left.legend()
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     for key, name, style in (("val_ap50", "AP50", "-"), ("val_ap", "AP", "--")):
         values = [row[key] for row in history]
         right.plot(epochs, values, style, color=VALIDATION, marker=".", label=f"{name}, validation")
     right.set(xlabel="epoch", ylabel="average precision", ylim=(0, 1))
-    right.legend(loc="lower right")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
@@ -51,14 +51,14 @@ def plot_precision_recall(
     curves: dict[str, list[float]], point: dict[str, float], title: str, path: Path
 ) -> None:
     """Precision at recall 0, 0.01, ..., 1 and IoU 0.5; `point` is the working confidence's."""
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.5, 4.9), layout="constrained")
     for (name, precision), color in zip(curves.items(), (BASELINE, METHOD), strict=True):
         axes.plot(np.linspace(0, 1, 101), precision, color=color, linewidth=2, label=name)
     label = f"working confidence {point['confidence']:.2f}, chosen on validation"
     axes.plot(point["recall"], point["precision"], "o", color="black", label=label)
     axes.set(xlabel="recall", ylabel="precision (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1.03))
     figure.suptitle(title)
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -190,7 +190,7 @@ def new_model(config: Config, data: Data, device: torch.device) -> tuple[nn.Modu
         if (saved["architecture"], saved["classes"]) != (config.architecture, list(data.classes)):
             raise DataError(f"weights: {config.weights} are of another architecture or classes")
         model = restore(saved, config).to(device)
-        return model, model, f"weights of {config.weights}"
+        return model, model, f"weights of {config.weights.parent.name}/{config.weights.name}"
     if config.weights.name == "coco" or (
         config.weights.name == "auto" and config.architecture != "small"
     ):
