@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -278,7 +279,12 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     (beside / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
-    beside.rename(folder)  # whole, or not at all
+    try:
+        beside.rename(folder)  # whole, or not at all
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(beside)  # another run was first, and its weights are the same
 
 
 # --- training ---------------------------------------------------------------------------------

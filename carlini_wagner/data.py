@@ -5,6 +5,7 @@ digits   scikit-learn's handwritten digits over crops of its two photographs, 32
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -202,8 +203,9 @@ def fetch(url: str, data_dir: Path) -> Path:
         if hashlib.sha256(content).hexdigest() != SHA256.get(path.name, "") and path.name in SHA256:
             raise OSError("another file than expected (checksum)")
         data_dir.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_bytes(content)
-        path.with_suffix(".tmp").replace(path)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_bytes(content)
+        beside.replace(path)
     except OSError as error:
         raise DataError(f"images: {url} could not be downloaded: {error}{by_hand}") from error
     return path

@@ -7,6 +7,7 @@ scenes   forest floors that scenes.py draws, needs no download
 import hashlib
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -109,10 +110,11 @@ def kept(folder: Path, name: str, key: str, make: Callable) -> object:
     if path.exists():
         return torch.load(path, weights_only=True, mmap=True)
     content = make()
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        torch.save(content, beside)
+        beside.replace(path)
     return content
 
 

@@ -7,6 +7,7 @@ digits   the 1,797 that come with scikit-learn
 
 import hashlib
 import math
+import os
 import threading
 import zlib
 from collections.abc import Iterator
@@ -195,9 +196,10 @@ def read(files: list[list[Path]], cache: Path, image_size: int) -> tuple[Tensor,
     if path.exists():
         return torch.load(path, weights_only=True)
     result = decode(files, image_size)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):  # a folder that may only be read is decoded again next time
-        torch.save(result, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        torch.save(result, beside)
+        beside.replace(path)
     return result
 
 

@@ -8,6 +8,7 @@ blobs     Gaussian clouds of any number of points
 
 import csv
 import hashlib
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -125,8 +126,9 @@ def download(url: str, sha256: str, path: Path) -> None:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(f"{reason}: what {host} sent is not the known file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_bytes(content)
-        path.with_suffix(".tmp").replace(path)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_bytes(content)
+        beside.replace(path)
     except OSError as error:
         raise DataError(f"{reason}: {error}") from error
 

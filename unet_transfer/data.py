@@ -8,6 +8,7 @@ digits   scenes of scikit-learn's handwritten digits over crops of its two photo
 import csv
 import hashlib
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -377,9 +378,10 @@ def photograph_task(
         decoded = [decode(items, values, len(segments), sizes) for items in splits.values()]
         crops, images = ([part[place] for part in decoded] for place in (0, 1))
         bad = [line for part in decoded for line in part[2]]
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):  # a folder that may only be read is decoded again next time
-            torch.save((crops, images, bad), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            torch.save((crops, images, bad), beside)
+            beside.replace(path)
     for kind, parts in (("class", crops), ("mask", images)):
         for split, part in zip(splits, parts, strict=True):
             if part is None:
