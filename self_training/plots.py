@@ -104,7 +104,8 @@ def plot_quality(methods: dict, own: str, classes: tuple[str, ...], title: str, 
         axes.set_title(f"{LABELS[name]}, first seed".replace("\n", " "))
     if len(classes) <= 20:
         handles, texts = panels[-1].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=10, fontsize=8)
+        columns = 10 if max(map(len, classes)) < 3 else 5
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(f"Pseudo-labels on {title}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
