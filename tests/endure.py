@@ -6,7 +6,7 @@
     full disk   one line of error, a checkpoint that loads, and after more room a whole run
 
 The last two mount small file systems and so need root. Each project runs with the tiny settings of
-its own tests; all ten take about half an hour on two cores, which is why this is not a test.
+its own tests; all ten take up to an hour on two cores, which is why this is not a test.
 """
 
 import argparse
