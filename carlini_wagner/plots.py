@@ -85,7 +85,7 @@ def plot_search(traces: dict[str, Tensor], title: str, path: Path) -> None:
     panels[1].axhline(0, color="black", linewidth=0.8)
     panels[2].set(ylabel="L2 distance\n(pixels in [0, 1])", xscale="log")
     panels[2].set(xlabel="query (one forward and one backward pass)", ylim=(0, None))
-    panels[2].legend(loc="lower right")
+    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
