@@ -1,19 +1,26 @@
 """Images with a class each, fewer with a mask, split so that no test pixel is ever trained on.
 
-pets     Oxford-IIIT Pet (Parkhi et al. 2012): breed, and pet against background
-folder   one's own images/, masks/ and classes.csv
 digits   scenes of scikit-learn's handwritten digits over crops of its two photographs
+pets     Oxford-IIIT Pet (Parkhi et al. 2012): breed, and pet against background
+folder   your own images/, masks/ and classes.csv
 """
 
 import csv
 import hashlib
 import math
 import os
-import threading
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -27,11 +34,200 @@ IGNORE = 255  # of a mask's pixel: counts in neither loss nor metric
 NEAREST = Image.Resampling.NEAREST
 SPLITS = ("train", "val", "test")
 SHARES = (0.6, 0.2, 0.2)
-PETS_HOST = "https://thor.robots.ox.ac.uk"
+PETS = {  # name of the archive: its md5, as torchvision has it
+    "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
+    "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
+}
+PETS_URL = "https://thor.robots.ox.ac.uk/pets/"
+
+# --- reading files: the same in every project that has it --------------------------------------
+
+
+TIMEOUT = 20  # seconds without a byte that end a download
 
 
 class DataError(Exception):
     """Why the data cannot be used, in one line for the person who started the run."""
+
+
+def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
+    """`path`, fetched from `url` if it is not there yet; a broken transfer leaves nothing behind.
+
+    `checksum` is "md5:..." or "sha256:...", of which a beginning is enough. The usual proxy
+    variables count. Raises DataError that says what was tried.
+    """
+    if path.is_file():
+        check_sum(path, checksum)
+        return path
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
+        with urlopen(request, timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            about = f"{what} ({size / 1e6:.1f} MB)" if size else what
+            tqdm.write(f"downloading {about} from {url} to {path}", file=sys.stderr)
+            copy_stream(answer, beside, size)
+        check_sum(beside, checksum)
+        beside.replace(path)
+    except (OSError, HTTPException, ValueError, DataError) as error:
+        reason = f"{what} is not in {path.parent} and could not be downloaded from {url}"
+        raise DataError(f"{reason}: {error or type(error).__name__}; by hand: {path}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def copy_stream(answer: Any, path: Path, size: int) -> None:
+    """To a file, with a progress bar. Raises OSError unless `size` bytes came (0: not known), or if
+    over a minute fewer than 1,000 bytes a second did.
+    """
+    bar = tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None)
+    with path.open("wb") as file, bar:
+        began, done = time.monotonic(), 0
+        while block := answer.read1(1 << 20):
+            file.write(block)
+            done += len(block)
+            bar.update(len(block))
+            seconds = time.monotonic() - began
+            if seconds > 60 and done < 1000 * seconds:
+                raise OSError(f"the transfer stalled at {done} bytes")
+    if size and done != size:
+        raise OSError(f"the transfer broke off at {done} of {size} bytes")
+
+
+def check_sum(path: Path, checksum: str) -> None:
+    """Raises DataError if the file's digest does not begin as `checksum`, "md5:..."."""
+    if not checksum:
+        return
+    kind, _, wanted = checksum.partition(":")
+    digest = hashlib.new(kind)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(wanted):
+        raise DataError(f"{path}: damaged, or another file: its {kind} is not {wanted}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The archive's files in `folder`: all of them or, if it is killed meanwhile, none.
+
+    Raises DataError if the archive is damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as beside:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(beside, filter="data")
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise DataError(f"{archive}: damaged, remove it and start again ({error})") from error
+        for part in Path(beside).iterdir():
+            shutil.rmtree(folder / part.name, ignore_errors=True)  # what an older start left there
+            part.replace(folder / part.name)
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8. Raises DataError that names it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a text in UTF-8 ({error})") from error
+
+
+# --- end of reading files ---------------------------------------------------------------------
+
+# --- reading pictures: the same in every project that has it -----------------------------------
+
+
+DECODING = 1  # of cached pictures: another number whenever decoding gives other pixels
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say; 16-bit greys are scaled by their range.
+
+    Raises DataError that names the file, whatever Pillow raises.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > 100_000_000:
+                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                values = np.asarray(picture, dtype=np.float64)
+                low, high = values.min(), values.max()
+                scaled = (values - low) * (255 / max(high - low, 1e-12))
+                picture = Image.fromarray(scaled.round().astype(np.uint8))
+            return picture.convert("RGB")
+    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path} ({reason})") from error
+
+
+def shrink(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W), bilinear with antialiasing; the whole picture, whatever its aspect ratio."""
+    pixels = np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root, name) for name in files if name[0] != "."]
+    return sorted(found)
+
+
+def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
+    """What `make` returns, from a file of `folder` if it was made before with the same `key`.
+
+    A damaged file is made anew; a folder that is full or may only be read is no error.
+    """
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = folder / f"{name}-{digest}.pt"
+    with suppress(Exception):  # not there, or damaged
+        return torch.load(path, weights_only=True)
+    result = make()
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with suppress(OSError, RuntimeError):  # torch.save on a full disk is a RuntimeError
+        for old in folder.glob(f"{name}-*.part"):  # of a run that was killed
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+        torch.save(result, beside)
+        beside.replace(path)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+    return result
+
+
+def left_out(bad: list[str]) -> str:
+    """What a run's first lines say of files that could not be read."""
+    return f"; {len(bad)} unreadable files left out, the first: {bad[0]}" if bad else ""
+
+
+def find_pictures(inputs: list[str]) -> dict[str, Path]:
+    """Path by name of each file given and each below a folder given. A name is the path as seen
+    from the folder that holds all inputs, so no two are equal.
+
+    Raises DataError if an input is not there or none was given.
+    """
+    paths = [Path(os.path.abspath(os.path.expanduser(text))) for text in inputs]
+    if lost := [path for path in paths if not path.exists()]:
+        raise DataError(f"{lost[0]}: there is no such file or folder")
+    files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise DataError("expected at least one picture, or a folder of pictures")
+    base = os.path.commonpath([path if path.is_dir() else path.parent for path in paths])
+    return {Path(os.path.relpath(file, base)).as_posix(): file for file in files}
+
+
+# --- end of reading pictures ------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
@@ -81,23 +277,18 @@ def load(
     mask_count: int,
     seed: int,
 ) -> Task:
-    """The task `dataset`; `auto` is pets, or digits where pets cannot be had.
+    """The task `dataset`.
 
     For training on digits, `crop_count` crops are composed for classification and `mask_count`
-    scenes for segmentation. Raises DataError if a data set asked for by name cannot be had.
+    scenes for segmentation. Raises DataError if the data set cannot be had.
     """
-    digits = {"digit_classes": digit_classes, "crop_count": crop_count, "mask_count": mask_count}
     if dataset == "digits":
-        return load_digits(sizes, seed, **digits)
+        return load_digits(
+            sizes, seed, digit_classes=digit_classes, crop_count=crop_count, mask_count=mask_count
+        )
     if dataset == "folder":
         return load_folder(data_dir, sizes, seed, ignore_index)
-    try:
-        return load_pets(data_dir, sizes, seed)
-    except DataError as error:
-        if dataset == "pets":
-            raise
-        note = f"{error}; scenes of scikit-learn's digits stand in for it"
-        return load_digits(sizes, seed, **digits)._replace(note=note)
+    return load_pets(data_dir, sizes, seed)
 
 
 # --- scenes of digits -------------------------------------------------------------------------
@@ -135,7 +326,8 @@ def load_digits(
         scenes.append(Examples(x, masks))
     names = tuple(map(str, range(digit_classes)))
     segments = ("background", *names)
-    return Task("digits", names, segments, Splits(*crops), Splits(*scenes), False, "data: digits")
+    note = "data: scenes of scikit-learn's digits (for real photographs see pets.yaml)"
+    return Task("digits", names, segments, Splits(*crops), Splits(*scenes), False, note)
 
 
 def compose(
@@ -249,11 +441,13 @@ def load_pets(data_dir: Path, sizes: Sizes, seed: int) -> Task:
     The official test set; a fifth of the official trainval set is the validation set.
     """
     root = data_dir / "oxford-iiit-pet"
-    if not (root / "annotations" / "test.txt").exists():
-        download_pets(data_dir)
+    for name, md5 in PETS.items():
+        if not (root / name.split(".")[0]).is_dir():
+            what = f"Oxford-IIIT Pet's {name}"
+            unpack(download(PETS_URL + name, root / name, what, f"md5:{md5}"), root)
     parts, names = {}, {}
     for part in ("trainval", "test"):
-        lines = (root / "annotations" / f"{part}.txt").read_text().splitlines()
+        lines = read_text(root / "annotations" / f"{part}.txt").splitlines()
         parts[part] = []
         for name, label, *_ in (line.split() for line in lines if line.strip()):
             names[int(label) - 1] = name.rsplit("_", 1)[0]
@@ -274,47 +468,18 @@ def load_pets(data_dir: Path, sizes: Sizes, seed: int) -> Task:
     )
 
 
-def download_pets(data_dir: Path) -> None:
-    """Fetch, verify and unpack the set through torchvision. Raises DataError if that fails."""
-    from torchvision.datasets import OxfordIIITPet  # imported where it is used: it is slow
-
-    reason = f"Oxford-IIIT Pet is not in {data_dir} and could not be downloaded"
-    if not reachable(PETS_HOST):
-        raise DataError(f"{reason}: {PETS_HOST} does not answer")
-    try:
-        OxfordIIITPet(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{reason}: {error}") from error
-
-
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
 def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Task:
     """images/**, masks/** (PNG of class indices, same names), classes.csv (columns file, class).
 
     Subfolders images/train, images/val, images/test fix the splits, else the seed does. The lines
     of segments.txt name the indices of the masks. Raises DataError that names the file at fault.
     """
-    paths = sorted(path for path in (folder / "images").rglob("*") if path.is_file())
+    paths = visible_files(folder / "images")
     if not paths:
         raise DataError(f"{folder / 'images'}: there are no images")
-    if not (folder / "segments.txt").is_file():
-        raise DataError(f"{folder / 'segments.txt'}: there is no such file; it names the indices")
-    lines = (folder / "segments.txt").read_text().splitlines()
+    lines = read_text(folder / "segments.txt").splitlines()
     segments = tuple(line.strip() for line in lines if line.strip())
-    images = {path.relative_to(folder / "images").as_posix(): path for path in paths}
+    images = {nfc(path.relative_to(folder / "images").as_posix()): path for path in paths}
     labels = read_classes(folder / "classes.csv", set(images))
     classes = tuple(sorted(set(labels.values())))
     items = {}
@@ -333,15 +498,17 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
     return photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
 
 
+def nfc(name: str) -> str:
+    """A name in the one of Unicode's spellings that names are compared in."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_classes(path: Path, known: set[str]) -> dict[str, str]:
     """Class by file, from a csv whose columns are `file`, relative to images/, and `class`."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file; expected the columns file,class")
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if not {"file", "class"} <= set(table.fieldnames or ()):
-            raise DataError(f"{path}: expected the columns file,class")
-        labels = {row["file"]: row["class"] for row in table}
+    table = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True)
+    if not {"file", "class"} <= set(table.fieldnames or ()):
+        raise DataError(f"{path}: expected the columns file,class")
+    labels = {nfc(row["file"]): (row["class"] or "").strip() for row in table}
     if lost := sorted(labels.keys() - known):
         raise DataError(f"{path}: images/{lost[0]} is not there")
     return labels
@@ -369,31 +536,26 @@ def photograph_task(
     taken to be of the same class.
     """
     files = [item for items in splits.values() for item in items]
-    times = [path.stat().st_mtime for item in files for path in (item.image, item.mask) if path]
-    key = repr((splits, times, sizes, segments, values.tolist())).encode()
-    path = cache / f"decoded-{hashlib.sha256(key).hexdigest()[:12]}.pt"
-    if path.exists():
-        crops, images, bad = torch.load(path, weights_only=True)
-    else:
-        decoded = [decode(items, values, len(segments), sizes) for items in splits.values()]
-        crops, images = ([part[place] for part in decoded] for place in (0, 1))
-        bad = [line for part in decoded for line in part[2]]
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        with suppress(OSError):  # a folder that may only be read is decoded again next time
-            torch.save((crops, images, bad), beside)
-            beside.replace(path)
+    paths = [path for item in files for path in (item.image, item.mask) if path]
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
+    key = (splits, stats, sizes, segments, values.tolist(), DECODING)
+    decoded = cached(
+        cache,
+        "decoded",
+        key,
+        lambda: [decode_items(items, values, len(segments), sizes) for items in splits.values()],
+    )
+    crops, images = ([part[place] for part in decoded] for place in (0, 1))
+    bad = [line for part in decoded for line in part[2]]
     for kind, parts in (("class", crops), ("mask", images)):
         for split, part in zip(splits, parts, strict=True):
             if part is None:
                 raise DataError(f"{name}: no image of the split '{split}' has a {kind}")
     crops, images = (Splits(*(Examples(*part) for part in parts)) for parts in (crops, images))
-    note = f"data: {name}"
-    if bad:
-        note += f"; {len(bad)} unreadable files left out, the first: {bad[0]}"
-    return Task(name, classes, segments, crops, images, True, note)
+    return Task(name, classes, segments, crops, images, True, f"data: {name}{left_out(bad)}")
 
 
-def decode(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tuple:
+def decode_items(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tuple:
     """(images, classes), (images, masks), each None if there are none, and the unreadable files.
 
     Images are resized bilinearly with antialiasing, masks to the nearest neighbour.
@@ -401,17 +563,17 @@ def decode(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tu
     crops, images, bad = [], [], []
     for item in tqdm(items, "decoding", leave=False, disable=None):
         try:
-            with Image.open(item.image) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-            mask = read_mask(item.mask, image.size, values, segments) if item.mask else None
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            bad.append(f"{item.image.name} ({error})")
+            image = open_picture(item.image)
+            mask = open_mask(item.mask) if item.mask else None
+        except DataError as error:
+            bad.append(str(error))
             continue
         if mask is not None:
+            mask = to_segments(mask, item, image.size, values, segments)
             mask = torch.from_numpy(np.array(mask.resize(sizes.image[::-1], NEAREST)))
-            images.append((resize(image, sizes.image), mask))
+            images.append((shrink(image, sizes.image), mask))
         if item.label >= 0:
-            crops.append((resize(image, sizes.crop), torch.tensor(item.label)))
+            crops.append((shrink(image, sizes.crop), torch.tensor(item.label)))
     parts = (
         tuple(map(torch.stack, zip(*part, strict=True))) if part else None
         for part in (crops, images)
@@ -419,27 +581,32 @@ def decode(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tu
     return *parts, bad
 
 
-def read_mask(path: Path, size: tuple[int, int], values: Tensor, segments: int) -> Image.Image:
+def open_mask(path: Path) -> Image.Image:
+    """As it is. Raises DataError that names the file, whatever Pillow raises."""
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file
+    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
+        raise DataError(f"{path} ({type(error).__name__}: {error})") from error
+
+
+def to_segments(
+    mask: Image.Image, item: Item, size: tuple[int, int], values: Tensor, segments: int
+) -> Image.Image:
     """The mask's segments as a picture. Raises DataError if it does not fit its image."""
-    with Image.open(path) as file:
-        if file.size != size or file.mode not in ("L", "P", "1"):
-            raise DataError(
-                f"{path}: expected class indices in one channel of {size} as its image, "
-                f"found mode {file.mode} of {file.size}"
-            )
-        found = values[torch.from_numpy(np.array(file).astype(np.int64))]
+    if mask.size != size or mask.mode not in ("L", "P", "1"):
+        raise DataError(
+            f"{item.mask}: expected class indices in one channel of {size} as its image, "
+            f"found mode {mask.mode} of {mask.size}"
+        )
+    found = values[torch.from_numpy(np.array(mask).astype(np.int64))]
     wrong = found[(found >= segments) & (found != IGNORE)]
     if len(wrong):
         raise DataError(
-            f"{path}: index {int(wrong[0])} stands in the mask, but segments are {segments}"
+            f"{item.mask}: index {int(wrong[0])} stands in the mask, but segments are {segments}"
         )
     return Image.fromarray(found.numpy())
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """uint8 (3, H, W)."""
-    pixels = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 # --- batches ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
@@ -35,7 +36,9 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
         boundaries.append((start, start + cost, name))
         start += cost
     for stage, style in (("scratch", "-"), ("scratch_equal_steps", ":")):
-        rows = history[stage]
+        rows = history.get(stage)
+        if not rows:
+            continue
         spent = [compute[stage] * row["epoch"] / len(rows) for row in rows]
         kind = "equal compute" if stage == "scratch" else "equal steps"
         for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
@@ -78,8 +81,9 @@ def plot_examples(
     columns = {"image": x.permute(0, 2, 3, 1), "truth": y}
     columns |= {names[method]: mask for method, mask in masks.items()}
     colors = ["#222222", *plt.get_cmap("tab20").colors][: len(segments)]
+    size = (8, 1.5 * len(x) + 1)
     figure, panels = plt.subplots(
-        len(x), len(columns), figsize=(8, 1.5 * len(x) + 1), layout="constrained"
+        len(x), len(columns), figsize=size, layout="constrained", squeeze=False
     )
     figure.suptitle(f"Test images: {title}")
     for row, line in enumerate(panels):

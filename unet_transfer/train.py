@@ -9,14 +9,13 @@ Run it with `python unet_transfer/train.py`, or `python unet_transfer/train.py -
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,58 +34,65 @@ from model import (
     segmentation_metrics,
 )
 from plots import plot_curves, plot_examples, plot_label_efficiency
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Epochs,
+    Pixels,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
 METHODS = ("stage1", "transfer", "scratch", "scratch_equal_steps")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "pets", "folder", "digits"]
+    dataset: Literal["digits", "pets", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    image_size: tuple[int, ...]
-    pretrain_size: tuple[int, ...]
-    digit_classes: int
-    crop_count: int
-    ignore_index: int
-    widths: tuple[int, ...]
-    pretrain_epochs: int
-    pretrain_batch_size: int
-    pretrain_lr: float
-    mask_count: int
-    batch_size: int
-    epoch_steps: int
-    stage1_epochs: int
-    stage2_epochs: int
-    lr: float
-    down_lr: float
-    scratch_lr: float
-    weight_decay: float
+    seed: Seed
+    image_size: tuple[Pixels, Pixels]
+    pretrain_size: tuple[Pixels, Pixels]
+    digit_classes: Annotated[int, ">= 2", "<= 10"]
+    crop_count: Count
+    ignore_index: Annotated[int, ">= 0", "<= 255"]
+    widths: tuple[Width, ...]
+    pretrain_epochs: Epochs
+    pretrain_batch_size: Batch
+    pretrain_lr: Rate
+    mask_count: Count
+    batch_size: Batch
+    epoch_steps: Count
+    stage1_epochs: Epochs
+    stage2_epochs: Epochs
+    lr: Rate
+    down_lr: Rate
+    scratch_lr: Rate
+    weight_decay: Decay
+    compare: bool
     study: bool
-    mask_counts: tuple[int, ...]
-    seeds: tuple[int, ...]
+    mask_counts: tuple[Count, ...]
+    seeds: tuple[Seed, ...]
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "pretrain_size"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name}: expected height and width, found {getattr(self, name)}")
-        for name, value in vars(self).items():
-            least = {"seed": 0, "seeds": 0, "weight_decay": 0, "digit_classes": 2}.get(name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (bool, str, Path)):
-                continue
-            if least is None and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-            if least is not None and min(numbers) < least:
-                raise ValueError(f"{name}: expected at least {least}, found {min(numbers)}")
-        for name, most in (("digit_classes", 10), ("ignore_index", 255)):
-            if getattr(self, name) > most:
-                raise ValueError(f"{name}: expected at most {most}, found {getattr(self, name)}")
+        if self.study and not self.compare:
+            raise ValueError("study: expected false where compare is false")
 
 
 class Stage(NamedTuple):
@@ -96,7 +102,7 @@ class Stage(NamedTuple):
     epochs: int
     steps: int  # per epoch
     groups: list[dict]  # of the optimizer, each with its peak rate as "lr"
-    draw: Callable[[], Iterator[tuple[Tensor, Tensor]]]  # the training batches of one epoch
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]  # the training batches of one epoch
     loss: Callable[[Tensor, Tensor], Tensor]  # from logits and target
     evaluate: Callable[[nn.Module], dict]
     score: str  # which of evaluate's numbers chooses the weights
@@ -113,12 +119,21 @@ class Compared(NamedTuple):
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
     task = load_task(config, device)
+    open_run(run, config, task.name, task.classification, task.segmentation)
     compared = compare(task, config, run, mask_count=config.mask_count, seed=config.seed)
     metrics = compared.metrics
     if config.study:
         metrics["label_efficiency"] = study(task, config, run)
-    draw(metrics, compared, task, config, run)
-    finish_run(run, config, dataset=task.name, headline=headline(metrics), metrics=metrics)
+    plot_results(metrics, compared, task, config, run)
+    save_model(compared.models["transfer"], task, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=task.name,
+        headline=headline(metrics),
+        metrics=metrics,
+        use=f"python unet_transfer/predict.py {run} PICTURE...",
+    )
 
 
 def load_task(config: Config, device: torch.device) -> Task:
@@ -147,10 +162,10 @@ def load_task(config: Config, device: torch.device) -> Task:
 
 
 def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int) -> Compared:
-    """Pretraining, stage 1 and stage 2 beside two U-Nets from scratch.
+    """Pretraining, stage 1 and stage 2 and, as baselines, two U-Nets from scratch.
 
-    All U-Nets begin with the same up part. Pretraining does not hang on the number of masks: after
-    an earlier call with the same seed its weights are there already.
+    All U-Nets begin with the same up part. Pretraining does not depend on the number of masks:
+    after an earlier call with the same seed its weights are there already.
     """
     history, flops, models = {}, {}, {}
 
@@ -175,15 +190,16 @@ def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int
 
     compute = sum(flops.values()) / flops["transfer"] * config.stage2_epochs
     equal_steps = config.stage1_epochs + config.stage2_epochs
-    for name, epochs in (("scratch", round(compute)), ("scratch_equal_steps", equal_steps)):
+    budgets = {"scratch": round(compute), "scratch_equal_steps": equal_steps}
+    for name, count in budgets.items() if config.compare else ():
         models[name] = new_model(UNet, task, config, seed)
-        train(name, models[name], plan(name, epochs, {models[name]: config.scratch_lr}))
+        train(name, models[name], plan(name, count, {models[name]: config.scratch_lr}))
 
     metrics = test(task, classifier, models, config.batch_size)
     metrics["compute"] = {
         name: cost / flops["transfer"] * config.stage2_epochs for name, cost in flops.items()
     }
-    seconds = median(row["seconds"] for row in history["transfer"])
+    seconds = median(row["train_seconds"] for row in history["transfer"])
     metrics["train_images_per_second"] = config.epoch_steps * config.batch_size / seconds
     return Compared(metrics, models, history)
 
@@ -211,7 +227,7 @@ def pretraining(task: Task, classifier: Classifier, config: Config, seed: int) -
         epochs=config.pretrain_epochs,
         steps=steps,
         groups=[{"params": classifier.parameters(), "lr": config.pretrain_lr}],
-        draw=lambda: training_batches(train, batch_size, steps, mirror=mirror),
+        batches=lambda: training_batches(train, batch_size, steps, mirror=mirror),
         loss=F.cross_entropy,
         evaluate=partial(evaluate_classes, examples=val, batch_size=batch_size),
         score="accuracy",
@@ -234,7 +250,7 @@ def segmentation(
         epochs=epochs,
         steps=steps,
         groups=[{"params": module.parameters(), "lr": lr} for module, lr in rates.items()],
-        draw=lambda: training_batches(masks, batch_size, steps, mirror=task.mirror),
+        batches=lambda: training_batches(masks, batch_size, steps, mirror=task.mirror),
         loss=lambda logits, y: segmentation_loss(loss_sums(logits, y, IGNORE)),
         evaluate=partial(evaluate_masks, examples=task.segmentation.val, batch_size=batch_size),
         score="miou",
@@ -244,66 +260,49 @@ def segmentation(
 def step_flops(model: nn.Module, stage: Stage) -> int:
     """Floating-point operations of one training step, forward and backward, on a copy."""
     trial = copy.deepcopy(model).train()
-    x, y = next(stage.draw())
+    x, y = next(stage.batches())
     with FlopCounterMode(display=False) as counter:
         stage.loss(trial(x), y).backward()
     return counter.get_total_flops()
 
 
 def fit(model: nn.Module, stage: Stage, config: Config, run: Path, seed: int) -> list[dict]:
-    """Leaves the weights of the best validation score in `model`; returns a row per epoch.
-
-    What a killed run has done of the stage is not done again.
-    """
-    total = stage.epochs * stage.steps
+    """Leaves the weights of the best validation score in `model`; returns a row per epoch."""
     optimizer = torch.optim.AdamW(stage.groups, weight_decay=config.weight_decay)
-    peaks = [group["lr"] for group in stage.groups]
+    peaks, total = [group["lr"] for group in stage.groups], stage.epochs * stage.steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, stage.name, parts)
-    rows = [row for row in history if row["stage"] == stage.name]
+    best = (f"val_{stage.score}", max)
+    for row in epochs(run, stage.name, parts, stage.epochs, seed, best=best):
+        began, label = time.perf_counter(), f"{stage.name} epoch {row['epoch']}"
+        row["train_loss"] = train_one_epoch(model, stage, optimizer, schedule, label)
+        row["train_seconds"] = time.perf_counter() - began
+        numbers = stage.evaluate(model)
+        row |= {f"val_{name}": x for name, x in numbers.items() if isinstance(x, float)}
+    return read_rows(run, stage.name)
 
-    def step(loss: Tensor) -> None:
+
+def train_one_epoch(
+    model: nn.Module,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    label: str,
+) -> float:
+    """Mean loss per image. Raises FloatingPointError if a loss was not finite."""
+    model.train()
+    losses, images = [], 0
+    for x, y in tqdm(stage.batches(), label, stage.steps, leave=False, disable=None):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            logits = model(x)
+        loss = stage.loss(logits.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-    for epoch in range(len(rows) + 1, stage.epochs + 1):
-        seed_everything(seed, stage.name, epoch)
-        began = time.perf_counter()
-        train_loss = train_one_epoch(model, stage, step, f"{stage.name} epoch {epoch}")
-        seconds = time.perf_counter() - began
-        numbers = {f"val_{name}": value for name, value in stage.evaluate(model).items()}
-        row = {"stage": stage.name, "epoch": epoch, "seconds": seconds, "train_loss": train_loss}
-        rows.append(row | {name: x for name, x in numbers.items() if isinstance(x, float)})
-        best = max(earlier[f"val_{stage.score}"] for earlier in rows)
-        if rows[-1][f"val_{stage.score}"] == best:
-            save(run / f"{stage.name}.pt", model.state_dict())
-        history.append(rows[-1])
-        save_checkpoint(run, stage.name, parts, history)
-        print("  ".join([stage.name, *(f"{n} {x:.4g}" for n, x in list(rows[-1].items())[1:])]))
-    best = torch.load(run / f"{stage.name}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return rows
-
-
-def train_one_epoch(model: nn.Module, stage: Stage, step: Callable, label: str) -> float:
-    """Mean loss per image. Raises FloatingPointError if a loss was not finite."""
-    model.train()
-    losses, images = [], 0
-    for x, y in tqdm(stage.draw(), label, stage.steps, leave=False, disable=None):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            logits = model(x)
-        loss = stage.loss(logits.float(), y)
-        step(loss)
         losses.append(loss.detach() * len(x))
         images += len(x)
-    losses = torch.stack(losses)  # read once per epoch: the loop never waits for the device
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    return float(losses.sum()) / images
+    return float(sum_losses(losses, label)) / images
 
 
 # --- evaluation -------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def test(task: Task, classifier: Classifier, models: dict, batch_size: int) -> d
     """metrics.json's numbers; the test images are used here and nowhere else."""
     numbers = evaluate_classes(classifier, task.classification.test, batch_size)
     metrics = {"classification": {f"test_{name}": value for name, value in numbers.items()}}
-    for method in METHODS:
+    for method in models:
         numbers = evaluate_masks(models[method], task.segmentation.test, batch_size)
         per_class = dict(zip(task.segments, numbers.pop("iou_per_class"), strict=True))
         metrics[method] = {f"test_{name}": value for name, value in numbers.items()}
@@ -372,27 +371,40 @@ def study(task: Task, config: Config, run: Path) -> dict:
 # --- report -----------------------------------------------------------------------------------
 
 
+def save_model(model: UNet, task: Task, config: Config, run: Path) -> None:
+    """model.pt: all that predict.py needs."""
+    description = {
+        "project": "unet_transfer",
+        "widths": list(config.widths),
+        "image_size": list(config.image_size),
+        "segments": list(task.segments),
+        "weights": model.state_dict(),
+    }
+    save(run / "model.pt", description)
+
+
 def headline(metrics: dict) -> dict[str, float]:
-    methods = ("stage1", "transfer", "scratch")
+    methods = [method for method in ("stage1", "transfer", "scratch") if method in metrics]
     numbers = {"classification_accuracy": metrics["classification"]["test_accuracy"]}
     return numbers | {f"{method}_miou": metrics[method]["test_miou"] for method in methods}
 
 
-def draw(metrics: dict, compared: Compared, task: Task, config: Config, run: Path) -> None:
+def plot_results(metrics: dict, compared: Compared, task: Task, config: Config, run: Path) -> None:
+    names = {"transfer": "pretrained", "scratch": "from scratch"}
     title = f"{task.name}, {config.mask_count} masks: test mIoU " + ", ".join(
         f"{metrics[method]['test_miou']:.2f} {name}"
-        for method, name in (("transfer", "pretrained"), ("scratch", "from scratch"))
+        for method, name in names.items()
+        if method in metrics
     )
-    plot_curves(compared.history, metrics["compute"], title, run / "curves.png")
+    try_plot(plot_curves, compared.history, metrics["compute"], title, run / "curves.png")
     x, y = next(batches(task.segmentation.test, 4))
-    masks = {name: predict(compared.models[name], x) for name in ("scratch", "stage1", "transfer")}
-    plot_examples(x, y, masks, task.segments, title, run / "examples.png")
+    shown = [name for name in ("scratch", "stage1", "transfer") if name in compared.models]
+    masks = {name: predict(compared.models[name], x) for name in shown}
+    try_plot(plot_examples, x, y, masks, task.segments, title, run / "examples.png")
     if config.study:
-        plot_label_efficiency(metrics["label_efficiency"], task.name, run / "label_efficiency.png")
+        path = run / "label_efficiency.png"
+        try_plot(plot_label_efficiency, metrics["label_efficiency"], task.name, path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)

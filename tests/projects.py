@@ -1,0 +1,80 @@
+"""A project's programs, called in the process of the tests, where torch is imported already.
+
+`load_project("unet_transfer").train` is the train.py of that folder, with the data.py, model.py,
+plots.py and run.py that it imports itself, so that a test can watch or replace their functions.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def load_project(name: str) -> SimpleNamespace:
+    """The modules of a project by their names."""
+    rooms = [path.stem for path in sorted((ROOT / name).glob("*.py"))]
+    with own_modules(ROOT / name, rooms):
+        return SimpleNamespace(**{room: importlib.import_module(room) for room in rooms})
+
+
+@contextlib.contextmanager
+def own_modules(folder: Path, rooms: list[str]) -> Iterator[None]:
+    """All projects call their modules alike: meanwhile those of `folder` bear these names."""
+    others = {room: sys.modules.pop(room) for room in rooms if room in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for room in rooms:
+            sys.modules.pop(room, None)
+        sys.modules.update(others)
+
+
+def call(module: ModuleType, *flags: object) -> str:
+    """What `python module.py FLAGS` prints, without a process of its own; errors are raised."""
+    output, argv = io.StringIO(), sys.argv
+    sys.argv = [module.__file__, *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(output):
+            module.main()
+    finally:
+        sys.argv = argv
+    return output.getvalue()
+
+
+def train(project: str, *flags: object) -> Path:
+    """The folder of a run that ended well."""
+    return Path(call(load_project(project).train, *flags).splitlines()[-1])
+
+
+class Killed(BaseException):
+    """Raised in the middle of a run instead of killing its process."""
+
+
+def train_until(project: str, epochs: int, *flags: object) -> None:
+    """A run that dies right after its checkpoint number `epochs`."""
+    run = load_project(project).run
+    keep, done = run.save_checkpoint, []
+
+    def save_checkpoint(*parts: object) -> None:
+        keep(*parts)
+        done.append(1)
+        if len(done) > epochs:  # the first one, of a new run, holds no epoch
+            raise Killed
+
+    run.save_checkpoint = save_checkpoint
+    try:
+        call(load_project(project).train, *flags)
+    except Killed:
+        return
+    finally:
+        run.save_checkpoint = keep
+    raise AssertionError(f"the run ended before epoch {epochs}")
