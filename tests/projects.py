@@ -8,19 +8,22 @@ import contextlib
 import functools
 import importlib
 import io
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 
 
 @functools.cache
-def load_project(name: str) -> SimpleNamespace:
-    """The modules of a project by their names."""
-    rooms = [path.stem for path in sorted((ROOT / name).glob("*.py"))]
-    with own_modules(ROOT / name, rooms):
+def load_project(name: str, root: Path = ROOT) -> SimpleNamespace:
+    """The modules of the project in `root / name` by their names."""
+    rooms = [path.stem for path in sorted((root / name).glob("*.py"))]
+    with own_modules(root / name, rooms):
         return SimpleNamespace(**{room: importlib.import_module(room) for room in rooms})
 
 
@@ -53,6 +56,26 @@ def call(module: ModuleType, *flags: object) -> str:
 def train(project: str, *flags: object) -> Path:
     """The folder of a run that ended well."""
     return Path(call(load_project(project).train, *flags).splitlines()[-1])
+
+
+@functools.cache
+def tiny_run(project: str) -> tuple[Path, str, str]:
+    """The folder of one run with the flags TINY of the project's tests, what it printed, and its
+    errors and warnings; all tests look at the same. A network is out of its reach.
+    """
+
+    def refuse(*_: object) -> None:
+        raise AssertionError(f"{project} asks for the network")
+
+    flags = importlib.import_module(f"test_{project}").TINY
+    folder, errors = tempfile.mkdtemp(prefix=f"{project}-"), io.StringIO()
+    with (
+        mock.patch.object(socket.socket, "connect", refuse),
+        mock.patch.object(socket, "getaddrinfo", refuse),
+        contextlib.redirect_stderr(errors),
+    ):
+        output = call(load_project(project).train, *flags, "--out_dir", folder)
+    return Path(output.splitlines()[-1]), output, errors.getvalue()
 
 
 class Killed(BaseException):

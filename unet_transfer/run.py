@@ -138,14 +138,12 @@ def read_config(settings: type, kinds: dict, path: Path | None, flags: dict[str,
     texts = read_texts(base, kinds)
     if missing := [name for name in kinds if name not in texts]:
         raise ValueError(f"{base}: missing key '{missing[0]}'")
-    own = read_texts(path, kinds) if path else {}
-    texts |= own | flags
+    texts |= (read_texts(path, kinds) if path else {}) | flags
     try:
         config = settings(**{name: convert(name, texts[name], kinds[name]) for name in kinds})
         return replace(config, device=choose_device(config.device))
     except ValueError as error:  # its text begins with the key
-        key = str(error).split(":")[0]
-        where = "--" if key in flags else f"{path if key in own else base}: "
+        where = "--" if str(error).split(":")[0] in flags else f"{path or base}: "
         raise ValueError(f"{where}{error}") from None
 
 
