@@ -374,6 +374,18 @@ def test_a_resumed_stage_draws_and_ends_as_an_unbroken_one(stop):
     assert len({row["draw"] for row in read_rows(whole, "train")}) == 4
 
 
+def test_checkpoints_by_time_change_no_number():
+    losses = [3.0, 1.0, 2.0, 4.0]
+    whole, broken = begin()[1], begin()[1]
+    fit(whole, losses)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, losses, stop=3, every=1000.0)
+    assert read_rows(broken, "train") == []
+    assert fit(broken, losses, every=1000.0).weight == 2
+    draws = [[row["draw"] for row in read_rows(run, "train")] for run in (whole, broken)]
+    assert draws[0] == draws[1]
+
+
 def test_a_stage_that_another_has_followed_is_not_trained_again():
     run = begin()[1]
     fit(run, [1.0, 2.0])

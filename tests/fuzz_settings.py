@@ -1,0 +1,126 @@
+"""Every key of every project with odd values: `python tests/fuzz_settings.py [PROJECT...]`.
+
+A setting has to end in one of three ways: the tiny run of the project's tests ends well and its
+metrics.json holds no NaN; one line on stderr and status 2 (the setting) or 1 (the data, memory).
+Anything else is printed: a traceback, an abort, a run of more than a minute. Each try is a fork
+with 8 GiB of memory. `--quick` stops a run that was accepted after its first epoch.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from projects import ROOT, Killed, call, load_project
+from tqdm import tqdm
+
+NUMBERS = [
+    *("0", "-1", "1", "2", "3", "33", "1000", "1000000000", "1000000000000", "9" * 31, "1e30"),
+    *("1e-300", "1e-30", "0.9999", "0.5", "1e3", "-0.5", "nan", "inf", "-inf", "0x10", "1_0"),
+]
+TEXTS = ["", " ", "none", "true", "a,b", "é", "\u0000x", "x" * 100_000, "[", "..", "/dev/null", "~"]
+LISTS = ["1", "1,1", "0,1", "1,2,3,4,5,6,7,8,9", ",", "1,", "1000000000,1", "nan,1"]
+
+
+def values_for(kind: object) -> list[str]:
+    text = str(kind)
+    if "tuple" in text:
+        return LISTS + NUMBERS + TEXTS[:6]
+    return NUMBERS + TEXTS[:6] if "int" in text or "float" in text else TEXTS + NUMBERS[:6]
+
+
+def attempt(project: str, flags: list[str], quick: bool, folder: Path) -> None:
+    """In the fork: the run, its errors in a file, its status that of the process."""
+    limit = 8 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.alarm(60)
+    modules = load_project(project)
+    if quick:
+        keep = modules.run.save_checkpoint
+
+        def stop(run: Path, stage: str, parts: dict, history: list) -> None:
+            keep(run, stage, parts, history)
+            if history:
+                raise Killed
+
+        modules.run.save_checkpoint = stop
+    sys.stderr = (folder / "errors").open("w")
+    status = 0
+    try:
+        modules.run.run_main(lambda: call(modules.train, *flags), modules.data.DataError)
+    except Killed:
+        pass
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 3
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def outcome(status: int, folder: Path) -> str:
+    """What is wrong, or one of: ends well, refused."""
+    errors = (folder / "errors").read_text() if (folder / "errors").exists() else ""
+    lines = [line for line in errors.splitlines() if line and not line.startswith("warning:")]
+    if os.WIFSIGNALED(status):
+        return f"FAULT signal {os.WTERMSIG(status)}"
+    code = os.WEXITSTATUS(status)
+    if code in (1, 2):
+        plain = len(lines) == 1 and len(lines[0]) < 1000
+        return "refused" if plain else f"FAULT {len(lines)} lines: {errors[-300:]}"
+    if code:
+        return f"FAULT {lines[-1][:300] if lines else code}"
+    for path in folder.glob("*/metrics.json"):
+        text = path.read_text()
+        if re.search(r"\b(NaN|Infinity)\b", text):
+            return "FAULT NaN in metrics.json"
+        headline = json.loads(text)["headline"].values()
+        if not any(value is not None and math.isfinite(value) for value in headline):
+            return "FAULT an empty headline"
+    return "ends well"
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))  # as pytest's settings have it
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("projects", nargs="*")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keys", default="", help="comma-separated; all")
+    given = parser.parse_args()
+    for project in given.projects or sorted(
+        path.parent.name for path in ROOT.glob("*/config.yaml")
+    ):
+        tiny = importlib.import_module(f"test_{project}").TINY
+        modules, counts = load_project(project), Counter()
+        kinds = modules.run.get_type_hints(modules.train.Config, include_extras=True)
+        keys = given.keys.split(",") if given.keys else [key for key in kinds if key != "out_dir"]
+        tries = [(key, value) for key in keys for value in values_for(kinds[key])]
+        for key, value in tqdm(tries, project, disable=None):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                if not (child := os.fork()):
+                    flags = [*tiny, f"--{key}={value}", "--out_dir", name]
+                    attempt(project, flags, given.quick, folder)
+                found = outcome(os.waitpid(child, 0)[1], folder)
+            counts[found.split()[0]] += 1
+            if found.startswith("FAULT"):
+                print(f"{project} --{key} {value[:40]!r}: {found}", flush=True)
+        print(f"{project}: {dict(counts)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
