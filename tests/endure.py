@@ -114,9 +114,11 @@ def kill_and_resume(project: str, folder: Path, whole: dict, kills: int, seconds
         time.sleep(random.Random(number).uniform(0.2, 1) * seconds)
         process.kill()
         process.communicate()
-        runs = list(out.glob("*/config.yaml"))
-        if not runs or not runs[0].read_text():  # nothing was begun that could be resumed
+        runs = list(out.glob("*/history.pt"))
+        if not runs:  # nothing was begun that could be resumed
             early += 1
+            continue
+        if torch.load(runs[0], weights_only=True)["finished"]:
             continue
         same(finish(begin(command(project, "--resume", runs[0].parent))), whole)
     return f"{kills - early} killed and resumed, {early} killed before they had a folder"
