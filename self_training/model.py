@@ -1,9 +1,10 @@
-"""Self-training: which pictures get a pseudo-label, how sure the network must be, when to stop.
+"""Self-training: which pictures get a pseudo-label, and which round is kept.
 
-Lee 2013, "Pseudo-Label"; Cascante-Bonilla et al. 2021, "Curriculum Labeling" (arXiv 2001.06001),
-which starts every round from the same weights and chooses all pseudo-labels anew (`revise`);
-Guo et al. 2017, "On Calibration of Modern Neural Networks", for the temperature. A pseudo-label
-weighs as much in the loss as a true one (Lee raises its weight slowly).
+Thresholds by class: Wang et al. 2023, "FreeMatch" (arXiv 2205.07246), equations 5 to 8. Labels of
+weakly on strongly augmented pictures: Sohn et al. 2020, "FixMatch" (arXiv 2001.07685). Balance of
+the classes: Sinkhorn & Knopp 1967, as in SwAV (arXiv 2006.09882). Averaged teacher: Tarvainen &
+Valpola 2017 (arXiv 1703.01780). `plain`: Lee 2013, "Pseudo-Label"; Cascante-Bonilla et al. 2021,
+"Curriculum Labeling" (arXiv 2001.06001). Temperature: Guo et al. 2017, "On Calibration".
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 NONE = -1  # the pseudo-label of a picture that has none
 
@@ -41,6 +43,15 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees (N, 16 * width)."""
+        return self.layers[:-1](x)
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """The teacher: exponential means of the weights and of batch normalisation's statistics."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def fit_temperature(logits: Tensor, y: Tensor, low: float = 0.2, high: float = 5.0) -> float:
@@ -121,25 +132,82 @@ def rank_in_class(classes: Tensor, count: int) -> Tensor:
     return seen.gather(1, classes[:, None])[:, 0] - 1
 
 
-def best_round(val_losses: list[float]) -> int:
-    """The round, 0 included, with the lowest validation loss; the first of equals."""
-    return val_losses.index(min(val_losses))
+# --- labels by a teacher, with thresholds by class --------------------------------------------
 
 
-def end_of_rounds(val_losses: list[float], *, rounds: int, patience: int) -> str | None:
-    """Why no further round follows on those so far, round 0 included; None if one does."""
-    done = len(val_losses) - 1
-    if done - best_round(val_losses) >= patience:
-        return f"no lower validation loss for {patience} rounds"
-    return f"all {rounds} rounds done" if done >= rounds else None
+def balance(probs: Tensor, turns: int = 5) -> Tensor:
+    """Probabilities (N, C) whose mean over the pictures is near 1 / C for each class.
+
+    Each turn divides by the classes' means, then makes each row sum to 1 again.
+    """
+    for _ in range(turns):
+        probs = probs / probs.mean(0)
+        probs = probs / probs.sum(1, keepdim=True)
+    return probs
+
+
+def class_thresholds(class_means: Tensor, confidence: Tensor) -> Tensor:
+    """FreeMatch, equation 8: the mean confidence, lower for classes that are predicted less.
+
+    tau_c = m_c / max m * mean_i max_c p_ic, where m_c (C,) is the mean probability of class c.
+    """
+    return class_means / class_means.max() * confidence
+
+
+def confident_labels(probs: Tensor, *, balanced: bool) -> PseudoLabels:
+    """The most probable class of each picture whose confidence reaches its class's threshold."""
+    probs = balance(probs) if balanced else probs
+    confidence, predicted = probs.max(1)
+    sure = confidence >= class_thresholds(probs.mean(0), confidence.mean())[predicted]
+    return PseudoLabels(torch.where(sure, predicted, NONE), torch.where(sure, confidence, 0.0))
+
+
+class LiveLabels(nn.Module):
+    """Labels for a batch at a time: what confident_labels does, with running means."""
+
+    def __init__(self, classes: int, *, balanced: bool, momentum: float = 0.95):
+        super().__init__()
+        self.balanced, self.momentum = balanced, momentum
+        self.register_buffer("predicted", torch.full((classes,), 1 / classes))
+        self.register_buffer("class_means", torch.full((classes,), 1 / classes))
+        self.register_buffer("confidence", torch.tensor(1 / classes))
+
+    def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes (N,) and weights (N,), 0 or 1, from the teacher's probabilities (N, C)."""
+        self.predicted.lerp_(probs.mean(0), 1 - self.momentum)
+        if self.balanced:
+            probs = probs / self.predicted
+            probs = probs / probs.sum(1, keepdim=True)
+        confidence, label = probs.max(1)
+        self.class_means.lerp_(probs.mean(0), 1 - self.momentum)
+        self.confidence.lerp_(confidence.mean(), 1 - self.momentum)
+        return label, confidence >= class_thresholds(self.class_means, self.confidence)[label]
+
+
+# --- which round stays ------------------------------------------------------------------------
+
+
+def share_changed(before: Tensor, after: Tensor) -> float:
+    """The share of pictures whose predicted class (N,) changed, of those predicted both times.
+
+    1 if there is none: NONE is the class of a picture that was not looked at.
+    """
+    both = (before != NONE) & (after != NONE)
+    return float((before[both] != after[both]).double().mean()) if both.any() else 1.0
+
+
+def best_round(scores: list[float]) -> int:
+    """The round, 0 included, with the lowest score; the first of equals."""
+    return scores.index(min(scores))
 
 
 def label_quality(labels: Tensor, truth: Tensor, classes: int) -> dict:
     """How many pseudo-labels (N,) there are, the share that is right, and both by pseudo-label.
 
-    None where there is nothing to divide by.
+    Pictures whose `truth` is NONE, not known, are left out. None where there is nothing to divide
+    by.
     """
-    given = labels != NONE
+    given = (labels != NONE) & (truth != NONE)
     right = labels[given] == truth[given]
     counts = labels[given].bincount(minlength=classes).tolist()
     hits = labels[given][right].bincount(minlength=classes).tolist()
@@ -153,32 +221,45 @@ def label_quality(labels: Tensor, truth: Tensor, classes: int) -> dict:
     }
 
 
+SKLEARN = ("neighbours", "logistic", "spreading")
+
+
 def sklearn_accuracy(
     name: str, labelled: tuple[Tensor, Tensor], pool: Tensor, test: tuple[Tensor, Tensor]
 ) -> dict:
-    """Test accuracy of a scikit-learn classifier, alone and in its SelfTrainingClassifier.
+    """Test accuracies of scikit-learn's classifiers, by the setting of each, from (N, D) and (N,).
 
-    From uint8 images and classes. scikit-learn adds all predictions above 0.75, uncalibrated
-    and unbalanced, until there are none, or for ten rounds.
+    neighbours, logistic: SelfTrainingClassifier, which adds all predictions above 0.75, neither
+    calibrated nor balanced, until there are none, or for ten rounds. spreading: LabelSpreading.
     """
-    from sklearn.base import clone  # imported where it is used: it is slow
-    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.exceptions import ConvergenceWarning  # imported where it is used: it is slow
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.semi_supervised import SelfTrainingClassifier
+    from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
-    x, pool, test_x = (
-        part.flatten(1).float().cpu().numpy() / 255 for part in (labelled[0], pool, test[0])
-    )
+    x, pool, test_x = (part.flatten(1).cpu().numpy() for part in (labelled[0], pool, test[0]))
     y, truth = labelled[1].cpu().numpy(), test[1].cpu().numpy()
-    kind = {
-        "neighbours": KNeighborsClassifier(min(3, int(np.bincount(y).min()))),
-        "logistic": LogisticRegression(C=10, max_iter=300),
-    }[name]
-    unknown = np.full(len(pool), NONE)  # scikit-learn, too, calls a missing label -1
+    fewest = int(np.bincount(y).min())
+    kinds = {
+        "neighbours": [
+            (f"k={k}", SelfTrainingClassifier(KNeighborsClassifier(k))) for k in {1, min(3, fewest)}
+        ],
+        "logistic": [
+            (f"C={c}", SelfTrainingClassifier(LogisticRegression(C=c, max_iter=300)))
+            for c in (1, 10)
+        ],
+        "spreading": [
+            (f"k={k}", LabelSpreading(kernel="knn", n_neighbors=min(k, len(x) + len(pool))))
+            for k in (5, 7, 10)
+        ],
+    }
+    everything = np.vstack((x, pool))
+    labels = np.append(y, np.full(len(pool), NONE))  # scikit-learn calls a missing label -1, too
+    scores = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        alone = clone(kind).fit(x, y)
-        both = SelfTrainingClassifier(kind).fit(np.vstack((x, pool)), np.append(y, unknown))
-    scores = {"supervised": alone, "self_training": both}
-    return {kind: float(model.score(test_x, truth)) for kind, model in scores.items()}
+        warnings.simplefilter("ignore", RuntimeWarning)  # a picture that no label reaches
+        for setting, classifier in kinds[name]:
+            classifier.fit(everything, labels)
+            scores[setting] = float(classifier.score(test_x, truth))
+    return scores

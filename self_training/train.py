@@ -1,31 +1,34 @@
-"""Self-training: a network labels the pictures of which it is surest, learns from them, and stops.
+"""Self-training: a network labels the pictures of which it is sure, learns from them, and stops.
 
-Round 0 trains on the few labelled pictures. Every further round gives pseudo-labels to the surest
-predictions and trains anew, from the same initial weights, until the validation loss has not
-improved for some rounds. The weights of the best round are kept.
+Round 0 trains on the few labelled pictures. Every further round labels the pool with the averaged
+network of the round before, with a threshold for each class, and trains on these pictures, strongly
+augmented, beside the labelled ones. The round whose labels changed least is kept.
 
 Run it with `python self_training/train.py`, or with `--labels_per_class 1`.
 """
 
+import csv
+import io
 import math
-import shutil
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from data import (
+    UNKNOWN,
     DataError,
     Images,
     Source,
     Splits,
+    augment,
     batches,
     fingerprints,
     load,
@@ -34,79 +37,92 @@ from data import (
 )
 from model import (
     NONE,
+    SKLEARN,
+    LiveLabels,
     PseudoLabels,
     SmallCNN,
+    averaged,
     best_round,
     by_confidence,
     calibrated_probs,
-    end_of_rounds,
+    confident_labels,
     fit_temperature,
     label_quality,
     next_labels,
     no_labels,
+    share_changed,
     sklearn_accuracy,
 )
 from plots import plot_accuracy, plot_examples, plot_quality
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Rate,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    read_torch,
+    replace_file,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
-METHODS = {  # name: (balanced, revise)
-    "plain": (False, False),
-    "balanced": (True, False),
-    "revise": (False, True),
-    "balanced_revise": (True, True),
-}
+METHODS = ("plain", "rounds", "every_step")
+Strength = Annotated[float, ">= 0", "<= 2"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "mnist", "folder", "digits"]
+    dataset: Literal["digits", "mnist", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    repeats: int
-    image_size: int
-    labels_per_class: int
-    val_per_class: int
-    pool_size: int
-    width: int
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    augment: bool
+    seed: Annotated[int, ">= 0", "<= 4000000000"]  # seed + repeats is a seed, too
+    repeats: Annotated[int, ">= 1", "<= 1000"]
+    image_size: Annotated[int, ">= 0", "<= 1024"]
+    mirror: bool
+    labels_per_class: Annotated[int, ">= 0", "<= 1000000"]
+    val_per_class: Annotated[int, ">= 0", "<= 1000000"]
+    pool_size: Annotated[int, ">= 0", "<= 100000000"]
+    method: Literal["rounds", "every_step", "plain"]
+    compare: bool
+    width: Width
+    rounds: Annotated[int, ">= 1", "<= 10000"]
+    steps: Annotated[int, ">= 2", "<= 1000000"]  # of a one-cycle schedule
+    batch_size: Annotated[int, ">= 2", "<= 65536"]  # batch normalisation
+    pool_batch_size: Batch
+    lr: Rate
+    weight_decay: Decay
+    augment: Strength
+    strong: Strength
+    weak: Strength
+    ema: Annotated[float, ">= 0", "< 1"]
     restart: bool
-    rounds: int
-    patience: int
-    add_per_round: float
-    threshold: float
     balanced: bool
+    stop: Literal["agreement", "validation"]
+    patience: Count
+    add_per_round: Annotated[float, "> 0", "<= 100000000"]
+    threshold: Annotated[float, ">= 0", "< 1"]
     revise: bool
-    calibrate: bool
-    ablation: bool
-    sklearn: tuple[Literal["neighbours", "logistic"], ...]
+    sklearn_pool: Count
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "image_size": 0, "pool_size": 0, "weight_decay": 0, "threshold": 0}
-        least |= {"batch_size": 2}  # batch normalisation
-        for name, value in vars(self).items():
-            if isinstance(value, (bool, str, Path, tuple)):
-                continue
-            if name in least and value < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {value}")
-            if name not in least and not value > 0:
-                raise ValueError(f"{name}: expected more than 0, found {value}")
         if 0 < self.image_size < 8:
             raise ValueError(f"image_size: expected 0 or at least 8, found {self.image_size}")
-        if self.threshold >= 1:
-            raise ValueError(f"threshold: expected less than 1, found {self.threshold}")
         if self.add_per_round >= 1 and self.add_per_round % 1:
-            raise ValueError(
-                f"add_per_round: expected a share below 1 or a whole number, "
-                f"found {self.add_per_round}"
-            )
+            found = f"found {self.add_per_round}"
+            raise ValueError(f"add_per_round: expected a share or a whole number, {found}")
+        if self.stop == "validation" and not self.val_per_class:
+            raise ValueError("stop: expected agreement where val_per_class is 0")
 
 
 class Trial(NamedTuple):
@@ -117,35 +133,59 @@ class Trial(NamedTuple):
     splits: Splits
     fingerprints: Tensor  # of the pool's pictures
     classes: int
-    mirror: bool
+
+
+class Arm(NamedTuple):
+    """One way to train a network; all take the same number of steps."""
+
+    name: str
+    how: str  # of METHODS, or "once": on `images` alone
+    images: Images  # with labels
+
+
+class Networks(NamedTuple):
+    """What learns, and what it learns from."""
+
+    student: nn.Module
+    teacher: AveragedModel  # the student's mean over the last steps: labels, and is tested
+    live: LiveLabels  # of every_step
+
+
+class Labels(NamedTuple):
+    """What a round's teacher says of the pool (N,)."""
+
+    predicted: Tensor  # its class; NONE where it did not look
+    given: PseudoLabels  # those that the next round learns
 
 
 class Outcome(NamedTuple):
     rows: list[dict]  # of history.csv, from round 0 on
-    best: int  # the round that is kept
+    kept: dict[str, int]  # the round that each way to stop keeps
     reason: str  # why no further round followed
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
     source = load(dataset=config.dataset, data_dir=config.data_dir, image_size=config.image_size)
+    repeats = range(config.seed, config.seed + config.repeats)
+    trials = [new_trial(source, replace(config, seed=seed), run, device) for seed in repeats]
     print(source.note)
+    open_run(run, config, source.name, source.train, source.test or (), source.files)
     (run / "weights").mkdir(exist_ok=True)
-    own = next(name for name, how in METHODS.items() if how == (config.balanced, config.revise))
-    names = list(METHODS) if config.ablation else [own]
-    repeats = []
-    for seed in range(config.seed, config.seed + config.repeats):
-        trial = new_trial(source, replace(config, seed=seed), run, device)
-        outcomes = {name: self_train(trial, name) for name in names}
-        train_references(trial)
-        repeats.append((trial, outcomes))
+    outcomes = [{arm.name: self_train(trial, arm) for arm in arms_of(trial)} for trial in trials]
     # every decision has been made: only now are test pictures and hidden labels looked at
-    metrics = summarise([judge(*repeat) for repeat in repeats])
-    trial, outcomes = repeats[0]
-    shutil.copyfile(round_file(trial, own, outcomes[own].best), run / "best.pt")
-    draw(source, metrics, own, trial, outcomes[own])
-    numbers = headline(metrics, own)
-    finish_run(run, config, dataset=source.name, headline=numbers, metrics=metrics)
+    metrics = summarise([judge(*both) for both in zip(trials, outcomes, strict=True)], config)
+    plot_results(source, metrics, trials[0], outcomes[0][config.method])
+    write_labels(source, trials[0], outcomes[0][config.method])
+    save_model(source, trials[0], outcomes[0][config.method])
+    finish_run(
+        run,
+        config,
+        dataset=source.name,
+        headline=headline(metrics, config),
+        metrics=metrics,
+        use=f"python self_training/predict.py {run} PICTURE...",
+    )
 
 
 def new_trial(source: Source, config: Config, run: Path, device: torch.device) -> Trial:
@@ -158,159 +198,257 @@ def new_trial(source: Source, config: Config, run: Path, device: torch.device) -
         seed=config.seed,
     )
     keys = fingerprints(splits.pool).to(device)
-    return Trial(config, run, splits.to(device), keys, len(source.classes), source.mirror)
+    return Trial(config, run, splits.to(device), keys, len(source.classes))
 
 
-# --- training: neither a test picture nor a true label of the pool decides anything here ------
-
-
-def self_train(trial: Trial, name: str) -> Outcome:
-    """All rounds of one method; what a killed run has done of them is not done again."""
-    config, (labelled, _, pool, _, _) = trial.config, trial.splits
-    model = train_once(trial, "supervised", labelled)
-    history = load_checkpoint(trial.run, name, {})
-    if rows := rows_of(trial, name, history):
-        pseudo = restore(trial, name, rows[-1]["round"], model)
-    else:
-        pseudo = no_labels(len(pool), pool.device)
-        rows = [end_round(trial, name, model, pseudo, {"round": 0}, history)]
-    while True:
-        losses = [row["val_loss"] for row in rows]
-        if reason := end_of_rounds(losses, rounds=config.rounds, patience=config.patience):
-            return Outcome(rows, best_round(losses), reason)
-        began = time.perf_counter()
-        probs = calibrated_probs(predict(model, pool), rows[-1]["temperature"])
-        after = choose(trial, name, pseudo, probs)
-        if torch.equal(after.label, pseudo.label):
-            return Outcome(rows, best_round(losses), "nothing to add")
-        row = {"round": len(rows)} | changes(pseudo, after)
-        pseudo, given = after, after.label != NONE
-        if config.restart:
-            model = new_model(trial)
-        images = join(labelled, Images(pool[given], pseudo.label[given]))
-        row |= fit(model, images, trial, f"{name} round {len(rows)}", len(rows))
-        row["seconds"] = time.perf_counter() - began
-        rows.append(end_round(trial, name, model, pseudo, row, history))
-
-
-def choose(trial: Trial, name: str, pseudo: PseudoLabels, probs: Tensor) -> PseudoLabels:
-    """next_labels by the settings and the method's name."""
-    share = trial.config.add_per_round
-    balanced, revise = METHODS[name]
-    return next_labels(
-        pseudo,
-        probs,
-        trial.fingerprints,
-        add=math.ceil(share * len(probs)) if share < 1 else int(share),
-        threshold=trial.config.threshold,
-        balanced=balanced,
-        revise=revise,
-    )
-
-
-def changes(before: PseudoLabels, after: PseudoLabels) -> dict:
-    """How many pseudo-labels a round added, withdrew and changed."""
-    was, now = before.label != NONE, after.label != NONE
-    return {
-        "added": int((now & ~was).sum()),
-        "withdrawn": int((was & ~now).sum()),
-        "changed": int((was & now & (before.label != after.label)).sum()),
-    }
-
-
-def train_references(trial: Trial) -> None:
-    """One network on all labels, one on those for training and validation together."""
-    labelled, val, pool, hidden, _ = trial.splits
-    train_once(trial, "oracle", join(labelled, Images(pool, hidden)))
-    train_once(trial, "with_validation", join(labelled, val))
-
-
-def train_once(trial: Trial, name: str, images: Images) -> nn.Module:
-    """A network trained on `images` as in round 0, or loaded if that has been done."""
-    model, history = new_model(trial), load_checkpoint(trial.run, name, {})
-    if rows_of(trial, name, history):
-        restore(trial, name, 0, model)
-    else:
-        pool = trial.splits.pool
-        row = {"round": 0} | fit(model, images, trial, name, 0)
-        end_round(trial, name, model, no_labels(len(pool), pool.device), row, history)
-    return model
-
-
-def new_model(trial: Trial) -> nn.Module:
-    """The same initial weights whenever it is called for the same repeat."""
-    seed_everything(trial.config.seed, "weights")
-    pool = trial.splits.pool
-    model = SmallCNN(channels=pool.shape[1], width=trial.config.width, classes=trial.classes)
-    return model.to(pool.device)
+def arms_of(trial: Trial) -> list[Arm]:
+    """The method and, to compare, the others; `_val` learns from the validation labels as well."""
+    config, (labelled, val, pool, hidden, _, _) = trial.config, trial.splits
+    if not config.compare:
+        return [Arm(config.method, config.method, labelled)]
+    arms = [Arm("supervised", "once", labelled)]
+    arms += [Arm(method, method, labelled) for method in METHODS]
+    if config.val_per_class:
+        both = join(labelled, val)
+        arms += [Arm("supervised_val", "once", both), Arm("method_val", config.method, both)]
+    known = hidden != UNKNOWN
+    if known.any():
+        arms.append(Arm("oracle", "once", join(labelled, Images(pool[known], hidden[known]))))
+    return arms
 
 
 def join(first: Images, second: Images) -> Images:
     return Images(*map(torch.cat, zip(first, second, strict=True)))
 
 
-def fit(model: nn.Module, images: Images, trial: Trial, label: str, number: int) -> dict:
-    """Takes `steps` steps. Raises FloatingPointError if a loss was not finite."""
-    config, losses = trial.config, []
-    seed_everything(config.seed, "round", number)
+# --- training: neither a test picture nor a true label of the pool decides anything here ------
+
+
+def self_train(trial: Trial, arm: Arm) -> Outcome:
+    """All rounds of one arm; a file for each in weights/ holds its teacher and its labels."""
+    config, stage = trial.config, f"{arm.name}-seed{trial.config.seed}"
+    networks = new_networks(trial)
+    fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
+    parts = {"model": networks.teacher, "student": networks.student}
+    optimizer, schedule = new_optimizer(networks.student, config, all_steps(config))
+    if arm.how == "every_step":  # one schedule over all rounds
+        parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
+    best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
+    how = {"patience": config.patience, "first": 0, "best": None if arm.how == "once" else best}
+    reason, rounds = "", 0 if arm.how == "once" else config.rounds
+    for row in epochs(trial.run, stage, parts, rounds, config.seed, **how):
+        number = row["epoch"]
+        if number and nothing_new(trial, arm, number):
+            reason = "nothing to add"
+            break
+        if arm.how == "plain" or config.restart:
+            networks.student.load_state_dict(fresh)
+        if arm.how in ("plain", "rounds"):
+            optimizer, schedule = new_optimizer(networks.student, config, config.steps)
+            networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
+        seed_everything(config.seed, "round", number)  # the same for all arms
+        row |= train_round(trial, arm, number, networks, optimizer, schedule)
+        row |= end_round(trial, arm, number, networks.teacher.module)
+    rows = read_rows(trial.run, stage)
+    return Outcome(rows, kept_rounds(rows), reason or end_reason(rows, config))
+
+
+def new_networks(trial: Trial) -> Networks:
+    """The same initial weights whenever it is called for the same repeat."""
+    config, device = trial.config, trial.splits.pool.device
+    seed_everything(config.seed, "weights")
+    channels = trial.splits.pool.shape[1]
+    student = SmallCNN(channels=channels, width=config.width, classes=trial.classes).to(device)
+    live = LiveLabels(trial.classes, balanced=config.balanced).to(device)
+    return Networks(student, averaged(student, config.ema), live)
+
+
+def all_steps(config: Config) -> int:
+    return config.steps * (config.rounds + 1)
+
+
+def new_optimizer(
+    model: nn.Module, config: Config, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
-    drawn = training_batches(
-        images, config.batch_size, config.steps, augmented=config.augment, mirror=trial.mirror
-    )
-    model.train()
-    for x, y in tqdm(drawn, label, config.steps, leave=False, disable=None):
-        loss = F.cross_entropy(model(x), y)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+    return optimizer, schedule
+
+
+def train_round(
+    trial: Trial,
+    arm: Arm,
+    number: int,
+    networks: Networks,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> dict:
+    """Mean loss per step over one round's steps. Raises FloatingPointError if it is not finite."""
+    config, (student, teacher, live) = trial.config, networks
+    drawn = round_batches(trial, arm, number)
+    steps = all_steps(config) if arm.how == "once" else config.steps
+    label, losses = f"{arm.name} round {number}", []
+    student.train()
+    teacher.eval()
+    for x, y, u, wanted in tqdm(drawn, label, steps, leave=False, disable=None):
+        weight = torch.ones_like(wanted)
+        if arm.how == "every_step":
+            weak = augment(u, config.weak, mirror=config.mirror, geometry_only=True)
+            with torch.no_grad():
+                wanted, weight = live(teacher(weak).softmax(1))
+        strong = augment(u, config.strong, mirror=config.mirror)
+        logits = student(torch.cat((augment(x, config.augment, mirror=config.mirror), strong)))
+        loss = F.cross_entropy(logits[: len(x)], y)
+        if len(u):
+            each = F.cross_entropy(logits[len(x) :], wanted, reduction="none")
+            loss = loss + (weight * each).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        teacher.update_parameters(student)
         losses.append(loss.detach())
-    losses = torch.stack(losses)  # read once: the loop never waits for the device
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    return {"train_pictures": len(images.x), "train_loss": float(losses.mean())}
+    return {"train_loss": float(sum_losses(losses, label)) / len(losses)}
 
 
-def end_round(
-    trial: Trial,
-    name: str,
-    model: nn.Module,
-    pseudo: PseudoLabels,
-    row: dict,
-    history: list[dict],
-) -> dict:
-    """The round's row with its validation numbers, after network and row have been saved."""
-    val = trial.splits.val
-    logits = predict(model, val.x)
-    temperature = fit_temperature(logits, val.y) if trial.config.calibrate else 1.0
-    row = {"stage": f"{name}-seed{trial.config.seed}"} | row
-    row["val_accuracy"] = accuracy(logits, val.y)
-    row["val_loss"] = float(F.cross_entropy(logits.double() / temperature, val.y))
+def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor, ...]]:
+    """Labelled pictures x, y and pool pictures u with pseudo-labels, or none, for each step."""
+    config, pool = trial.config, trial.splits.pool
+    images, pseudo = arm.images, Images(pool[:0], trial.splits.hidden[:0])
+    if arm.how == "every_step":  # the labels are not read
+        pseudo = Images(pool, torch.full((len(pool),), NONE, device=pool.device))
+    elif number:
+        label = read_round(trial, arm.name, number - 1).given.label
+        pseudo = Images(pool[label != NONE], label[label != NONE])
+    if arm.how == "plain":  # as if they had been labelled
+        images, pseudo = join(images, pseudo), Images(pool[:0], pseudo.y[:0])
+    steps = all_steps(config) if arm.how == "once" else config.steps
+    if not len(pseudo.x):
+        nothing, size = (pool[:0].float(), pseudo.y), config.batch_size + config.pool_batch_size
+        return ((*own, *nothing) for own in training_batches(images, size, steps))
+    own = training_batches(images, config.batch_size, steps)
+    other = training_batches(pseudo, config.pool_batch_size, steps)
+    return ((*first, *second) for first, second in zip(own, other, strict=True))
+
+
+def nothing_new(trial: Trial, arm: Arm, number: int) -> bool:
+    """Whether round `number` would learn the labels that the round before it has learned."""
+    if arm.how == "every_step":
+        return False
+    new = read_round(trial, arm.name, number - 1).given.label
+    old = read_round(trial, arm.name, number - 2).given.label if number > 1 else None
+    return not (new != NONE).any() if old is None else torch.equal(new, old)
+
+
+@torch.no_grad()
+def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
+    """The round's numbers without any test picture; its file in weights/ is written."""
+    config, val, row, temperature = trial.config, trial.splits.val, {}, 1.0
+    if config.val_per_class and not arm.name.endswith("_val"):  # those have learned from it
+        logits = predict(model, val.x)
+        temperature = fit_temperature(logits, val.y)
+        row["val_loss"] = float(F.cross_entropy(logits.double() / temperature, val.y))
+        row["val_accuracy"] = accuracy(logits, val.y)
     row["temperature"] = temperature
-    save(round_file(trial, name, row["round"]), {"model": model.state_dict()} | pseudo._asdict())
-    history.append(row)
-    save_checkpoint(trial.run, row["stage"], {}, history)
-    numbers = [f"{key} {value:.4g}" for key, value in list(row.items())[1:]]
-    print("  ".join([row["stage"], *numbers]), flush=True)
+    labels = Labels(torch.full_like(trial.splits.hidden, NONE), none_given(trial))
+    if arm.how != "once":
+        before = read_round(trial, arm.name, number - 1) if number else labels
+        labels = label_pool(trial, arm, number, before, model, temperature)
+        row["changed"] = share_changed(before.predicted, labels.predicted)
+        row |= changes(before.given, labels.given)
+    state = {"model": model.state_dict(), "predicted": labels.predicted}
+    save(round_file(trial, arm.name, number), state | labels.given._asdict())
     return row
 
 
-def rows_of(trial: Trial, name: str, history: list[dict]) -> list[dict]:
-    return [row for row in history if row["stage"] == f"{name}-seed{trial.config.seed}"]
+def label_pool(
+    trial: Trial, arm: Arm, number: int, before: Labels, model: nn.Module, temperature: float
+) -> Labels:
+    """The labels that the round's teacher gives.
+
+    It looks at no more pictures than a round can draw: a round costs the same however large the
+    pool. `plain` chooses among all of them, at the calibrated temperature.
+    """
+    config, pool = trial.config, trial.splits.pool
+    predicted = torch.full_like(before.predicted, NONE)
+    if arm.how == "plain":
+        probs = calibrated_probs(predict(model, pool), temperature)
+        return Labels(probs.argmax(1), choose_plain(trial, before.given, probs))
+    seed_everything(config.seed, "pool", number)
+    seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
+    probs = calibrated_probs(predict(model, pool[seen]), 1.0)
+    predicted[seen] = probs.argmax(1)
+    chosen, given = confident_labels(probs, balanced=config.balanced), none_given(trial)
+    given.label[seen], given.confidence[seen] = chosen.label, chosen.confidence
+    return Labels(predicted, given)
+
+
+def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLabels:
+    """next_labels by the settings."""
+    config, share = trial.config, trial.config.add_per_round
+    return next_labels(
+        before,
+        probs,
+        trial.fingerprints,
+        add=math.ceil(share * len(probs)) if share < 1 else int(share),
+        threshold=config.threshold,
+        balanced=config.balanced,
+        revise=config.revise,
+    )
+
+
+def changes(before: PseudoLabels, after: PseudoLabels) -> dict:
+    """How many pseudo-labels there are, and how many a round added and withdrew."""
+    was, now = before.label != NONE, after.label != NONE
+    return {
+        "pseudo_labels": int(now.sum()),
+        "added": int((now & ~was).sum()),
+        "withdrawn": int((was & ~now).sum()),
+    }
+
+
+def none_given(trial: Trial) -> PseudoLabels:
+    return no_labels(len(trial.splits.pool), trial.splits.pool.device)
+
+
+def kept_rounds(rows: list[dict]) -> dict[str, int]:
+    """The round that is kept by each way to stop, which read no test picture."""
+    kept = {"last": len(rows) - 1}
+    if "changed" in rows[0]:
+        kept["agreement"] = best_round([row["changed"] for row in rows])
+    if "val_loss" in rows[0]:
+        kept["validation"] = best_round([row["val_loss"] for row in rows])
+    return kept
+
+
+def stop_of(name: str, config: Config) -> str:
+    """Which way to stop counts for an arm: one that learns from validation cannot use that."""
+    if name in METHODS:
+        return config.stop
+    return "agreement" if name == "method_val" else "last"
+
+
+def end_reason(rows: list[dict], config: Config) -> str:
+    done = len(rows) - 1
+    return f"all {done} rounds done" if done == config.rounds else f"{config.stop}: no better round"
 
 
 def round_file(trial: Trial, name: str, number: int) -> Path:
     return trial.run / "weights" / f"{name}-seed{trial.config.seed}-round{number}.pt"
 
 
-def restore(trial: Trial, name: str, number: int, model: nn.Module) -> PseudoLabels:
-    """The round's pseudo-labels; its weights are put into `model`."""
-    device = trial.splits.pool.device
-    state = torch.load(round_file(trial, name, number), map_location=device, weights_only=True)
-    model.load_state_dict(state["model"])
-    return PseudoLabels(state["label"], state["confidence"])
+def read_round(trial: Trial, name: str, number: int) -> Labels:
+    """The labels that the round's teacher gave."""
+    state, device = read_torch(round_file(trial, name, number)), trial.splits.pool.device
+    label, confidence = state["label"].to(device), state["confidence"].to(device)
+    return Labels(state["predicted"].to(device), PseudoLabels(label, confidence))
+
+
+def read_model(trial: Trial, name: str, number: int) -> nn.Module:
+    """The round's teacher."""
+    model = new_networks(trial).student
+    model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
+    return model
 
 
 @torch.no_grad()
@@ -324,72 +462,92 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
     return int((logits.argmax(1) == y).sum()) / len(y)
 
 
-# --- report -----------------------------------------------------------------------------------
+# --- test -------------------------------------------------------------------------------------
 
 
 def judge(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     """Test accuracy of every network of one repeat, and how many pseudo-labels were right."""
-    splits = trial.splits
+    config, splits = trial.config, trial.splits
     parts = {"labelled": splits.labelled.x, "validation": splits.val.x}
     parts |= {"pool": splits.pool, "test": splits.test.x}
-    judged = {"sizes": {name: len(part) for name, part in parts.items()}, "methods": {}}
-    for name in ("supervised", "with_validation", "oracle"):
-        judged[name] = judge_round(trial, name, {"round": 0})["test_accuracy"]
-    judged["sklearn"] = {
-        name: sklearn_accuracy(name, splits.labelled, splits.pool, splits.test)
-        for name in trial.config.sklearn
-    }
-    for name, outcome in outcomes.items():
-        judged["methods"][name] = {
+    judged = {"sizes": {name: len(part) for name, part in parts.items()}}
+    judged["arms"] = {
+        name: {
             "rounds": [judge_round(trial, name, row) for row in outcome.rows],
-            "best": outcome.best,
+            "kept": outcome.kept,
             "reason": outcome.reason,
-            "seconds": [row["seconds"] for row in outcome.rows[1:]],
         }
+        for name, outcome in outcomes.items()
+    }
+    if config.compare:
+        judged["sklearn"] = judge_sklearn(trial, "supervised", splits.labelled)
+        if config.val_per_class:
+            both = join(splits.labelled, splits.val)
+            judged["sklearn_val"] = judge_sklearn(trial, "supervised_val", both)
     return judged
 
 
 def judge_round(trial: Trial, name: str, row: dict) -> dict:
-    splits, model = trial.splits, new_model(trial)
-    labels = restore(trial, name, row["round"], model).label
-    told = ("round", "added", "withdrawn", "changed", "val_accuracy", "val_loss")
-    numbers = {key: row[key] for key in told if key in row}
-    numbers["test_accuracy"] = accuracy(predict(model, splits.test.x), splits.test.y)
-    numbers["pool_left"] = int((labels == NONE).sum())
+    splits, number = trial.splits, row["epoch"]
+    labels = read_round(trial, name, number).given.label
+    left_out = ("stage", "epoch", "train_loss")
+    numbers = {"round": number} | {key: x for key, x in row.items() if key not in left_out}
+    logits = predict(read_model(trial, name, number), splits.test.x)
+    numbers["test_accuracy"] = accuracy(logits, splits.test.y)
     return numbers | label_quality(labels, splits.hidden, trial.classes)
 
 
-def summarise(repeats: list[dict]) -> dict:
+@torch.no_grad()
+def judge_sklearn(trial: Trial, name: str, labelled: Images) -> dict[str, float]:
+    """Test accuracies of scikit-learn's classifiers on pixels, and on the features of `name`."""
+    splits, model = trial.splits, read_model(trial, name, 0).eval()
+    pool = splits.pool[: trial.config.sklearn_pool]
+    views = {
+        "pixels": lambda x: x.flatten(1).float() / 255,
+        "features": lambda x: torch.cat([model.features(part) for part in batches(x)]),
+    }
+    scores = {}
+    for view, see in views.items():
+        own, test = ((see(part.x), part.y) for part in (labelled, splits.test))
+        for kind in SKLEARN:
+            found = sklearn_accuracy(kind, own, see(pool), test)
+            scores |= {f"{kind} {setting}, {view}": score for setting, score in found.items()}
+    return scores
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def summarise(repeats: list[dict], config: Config) -> dict:
     """metrics.json's numbers: mean and standard deviation over the repeats."""
-    metrics = {"sizes": repeats[0]["sizes"]}
-    for name in ("supervised", "with_validation", "oracle"):
-        metrics[name] = spread([judged[name] for judged in repeats])
-    metrics["sklearn"] = {
-        name: {kind: spread([judged["sklearn"][name][kind] for judged in repeats]) for kind in two}
-        for name, two in repeats[0]["sklearn"].items()
-    }
-    metrics["methods"] = {
-        name: summarise_method([judged["methods"][name] for judged in repeats])
-        for name in repeats[0]["methods"]
-    }
-    methods = [method for judged in repeats for method in judged["methods"].values()]
-    seconds = [x for method in methods for x in method["seconds"]]
+    metrics = {"sizes": repeats[0]["sizes"], "arms": {}}
+    for name in repeats[0]["arms"]:
+        trials = [judged["arms"][name] for judged in repeats]
+        metrics["arms"][name] = summarise_arm(trials, stop_of(name, config))
+    for key in ("sklearn", "sklearn_val"):
+        if key in repeats[0]:
+            names = repeats[0][key]
+            metrics[key] = {name: spread([one[key][name] for one in repeats]) for name in names}
+    rounds = [arm["rounds"] for judged in repeats for arm in judged["arms"].values()]
+    seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
     metrics["seconds_per_round"] = median(seconds) if seconds else None
     return metrics
 
 
-def summarise_method(trials: list[dict]) -> dict:
-    """`rounds` holds, for each repeat, a dict per round; the best round is what is kept."""
-    best = [trial["rounds"][trial["best"]] for trial in trials]
-    after = [chosen["test_accuracy"] for chosen in best]
-    before = [trial["rounds"][0]["test_accuracy"] for trial in trials]
-    right = [chosen["accuracy"] for chosen in best if chosen["pseudo_labels"]]
+def summarise_arm(trials: list[dict], stop: str) -> dict:
+    """Test accuracy of the rounds that `stop` keeps, and of those that other ways would keep."""
+    by_stop = {
+        way: spread([trial["rounds"][trial["kept"][way]]["test_accuracy"] for trial in trials])
+        for way in trials[0]["kept"]
+    }
+    best = [trial["kept"][stop] for trial in trials]
+    chosen = [trial["rounds"][number] for trial, number in zip(trials, best, strict=True)]
+    right = [row["accuracy"] for row in chosen if row["accuracy"] is not None]
     return {
-        "test_accuracy": spread(after),
-        "gain": spread([new - old for new, old in zip(after, before, strict=True)]),
-        "last_round": spread([trial["rounds"][-1]["test_accuracy"] for trial in trials]),
+        "test_accuracy": by_stop[stop],
+        "kept_by": by_stop,
         "pseudo_label_accuracy": spread(right) if right else None,
-        "best_round": [trial["best"] for trial in trials],
+        "best_round": best,
         "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
@@ -400,47 +558,88 @@ def spread(values: list[float]) -> dict:
     return {"mean": mean(values), "sd": sd, "of_seeds": values}
 
 
-def headline(metrics: dict, own: str) -> dict:
-    """Means over the repeats; of scikit-learn's classifiers the best."""
-    method = metrics["methods"][own]
-    numbers = {
-        "supervised_accuracy": metrics["supervised"]["mean"],
-        "self_training_accuracy": method["test_accuracy"]["mean"],
-        "oracle_accuracy": metrics["oracle"]["mean"],
-        "sklearn_accuracy": max(x["self_training"]["mean"] for x in metrics["sklearn"].values()),
+def headline(metrics: dict, config: Config) -> dict:
+    """Means over the repeats; of scikit-learn's classifiers the best on the test pictures."""
+    arms = metrics["arms"]
+    numbers = {"self_training_accuracy": arms[config.method]["test_accuracy"]["mean"]}
+    names = {"supervised_accuracy": "supervised", "oracle_accuracy": "oracle"}
+    names |= {"self_training_val_accuracy": "method_val"}
+    numbers |= {
+        key: arms[arm]["test_accuracy"]["mean"] for key, arm in names.items() if arm in arms
     }
-    if method["pseudo_label_accuracy"]:  # none where every best round is round 0
-        numbers["pseudo_label_accuracy"] = method["pseudo_label_accuracy"]["mean"]
+    for key in ("sklearn", "sklearn_val"):
+        if key in metrics:
+            best = max(score["mean"] for score in metrics[key].values())
+            numbers[f"{key}_accuracy"] = best
+    if right := arms[config.method]["pseudo_label_accuracy"]:  # none where nothing is known
+        numbers["pseudo_label_accuracy"] = right["mean"]
     return numbers
 
 
-def draw(source: Source, metrics: dict, own: str, trial: Trial, outcome: Outcome) -> None:
+def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) -> None:
     """The three pictures; the examples are of the first repeat."""
     config, run = trial.config, trial.run
-    count = config.labels_per_class
-    title = f"{source.name}, {count} label{'s' if count > 1 else ''} a class"
-    plot_accuracy(metrics, own, title, run / "accuracy.png")
-    plot_quality(metrics["methods"], own, source.classes, title, run / "pseudo_labels.png")
-    last = len(outcome.rows) - 1
-    shown = outcome.best or last  # round 0 has no pseudo-labels
-    first = surest(trial, own, min(1, last), only_wrong=False)
-    mistakes = surest(trial, own, shown, only_wrong=True)
-    plot_examples(first, mistakes, shown, source.classes, title, run / "examples.png")
+    count = len(trial.splits.labelled.y)
+    title, own = f"{source.name}, {count} labels", config.method
+    try_plot(plot_accuracy, metrics, own, title, run / "accuracy.png")
+    path = run / "pseudo_labels.png"
+    try_plot(plot_quality, metrics["arms"], own, source.classes, title, path)
+    kept = outcome.kept[config.stop]
+    first = surest(trial, own, 0, only_wrong=False)
+    mistakes = surest(trial, own, kept, only_wrong=True)
+    path = run / "examples.png"
+    try_plot(plot_examples, first, mistakes, kept, source.classes, title, path)
 
 
 def surest(trial: Trial, name: str, number: int, *, only_wrong: bool) -> dict:
     """Pictures, labels, truths and confidences of a round's 16 surest pseudo-labels."""
     splits = trial.splits
-    label, confidence = restore(trial, name, number, new_model(trial))
-    wanted = label != splits.hidden if only_wrong else torch.ones_like(label, dtype=torch.bool)
+    label, confidence = read_round(trial, name, number).given
+    wrong = (label != splits.hidden) & (splits.hidden != UNKNOWN)
+    wanted = wrong if only_wrong else torch.ones_like(wrong)
     order = by_confidence(confidence, trial.fingerprints)
     order = order[((label != NONE) & wanted)[order]][:16]
     parts = {"x": splits.pool, "label": label, "truth": splits.hidden, "confidence": confidence}
     return {key: part[order].cpu().numpy() for key, part in parts.items()}
 
 
+def write_labels(source: Source, trial: Trial, outcome: Outcome) -> None:
+    """pseudo_labels.csv: what the kept network of the first repeat says of the whole pool, and
+    since which round.
+    """
+    name, kept = trial.config.method, outcome.kept[trial.config.stop]
+    logits = predict(read_model(trial, name, kept), trial.splits.pool)
+    confidence, label = calibrated_probs(logits, outcome.rows[kept]["temperature"]).max(1)
+    since = torch.full_like(label, kept)
+    same = torch.ones_like(label, dtype=torch.bool)
+    for number in range(kept - 1, -1, -1):  # backwards, while the label stays the same
+        same &= read_round(trial, name, number).predicted == label
+        since[same] = number
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(("file", "pseudo_label", "confidence", "round"))
+    columns = (trial.splits.places, label, confidence, since)
+    for place, number, sure, since_round in zip(*(c.tolist() for c in columns), strict=True):
+        row = (source.files[place], source.classes[number], f"{sure:.6f}", since_round)
+        writer.writerow(row)
+    replace_file(trial.run / "pseudo_labels.csv", table.getvalue().encode())
+
+
+def save_model(source: Source, trial: Trial, outcome: Outcome) -> None:
+    """model.pt: all that predict.py needs, of the first repeat's kept round."""
+    config, kept = trial.config, outcome.kept[trial.config.stop]
+    state = {
+        "project": "self_training",
+        "width": config.width,
+        "channels": trial.splits.pool.shape[1],
+        "image_size": list(trial.splits.pool.shape[2:]),
+        "classes": list(source.classes),
+        "temperature": outcome.rows[kept]["temperature"],
+        "calibrated": config.val_per_class > 0,
+        "weights": read_model(trial, config.method, kept).state_dict(),
+    }
+    save(trial.run / "model.pt", state)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)
