@@ -46,8 +46,9 @@ def plot_accuracy(metrics: dict, own: str, title: str, path: Path) -> None:
     left.legend(loc="lower right", fontsize=8)
     plot_scores(right, metrics, own)
     after = arms[own]["test_accuracy"]["mean"]
-    before = f"{arms['supervised']['test_accuracy']['mean']:.3f} without the pool, "
-    before = before if "supervised" in arms else ""
+    before = ""
+    if "supervised" in arms:
+        before = f"{arms['supervised']['test_accuracy']['mean']:.3f} without the pool, "
     figure.suptitle(f"Self-training on {title}: {before}{after:.3f} with it".replace("$", r"\$"))
     figure.savefig(path, dpi=150)
     plt.close(figure)
