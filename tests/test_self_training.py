@@ -789,6 +789,16 @@ def test_all_arms_take_the_same_number_of_steps(tmp_path, monkeypatch):
     assert steps == dict.fromkeys(ARMS, 3 * 8)
 
 
+def test_each_repeat_has_a_split_and_weights_of_its_own(tmp_path):
+    trials = [new_trial(tmp_path / str(n), seed=n) for n in (0, 1)]
+    first, second = (trial.splits for trial in trials)
+    assert not torch.equal(first.pool, second.pool)
+    weights = [PROJECT.train.new_networks(trial).student.state_dict() for trial in trials]
+    assert not torch.equal(weights[0]["layers.0.weight"], weights[1]["layers.0.weight"])
+    again = PROJECT.train.new_networks(trials[0]).student.state_dict()
+    assert torch.equal(again["layers.0.weight"], weights[0]["layers.0.weight"])
+
+
 def made_repeat(offset: float) -> dict:
     """What judge gives, each arm and each of its rounds with a number of its own."""
     arms = {}
