@@ -23,7 +23,7 @@ SHOWN = 8  # pictures of each kind
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=256, help="pictures at a time (256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
     given, saved, folder, device = start_predict(parser)
     model, bad, counts, shown = load_model(saved, device), [], Counter(), []
     size, classes = tuple(saved["image_size"]), saved["classes"]
@@ -40,7 +40,8 @@ def main() -> None:
             ]
             writer.writerows((name, label, f"{sure:.6f}") for name, label, sure in rows)
             counts.update(label for _, label, _ in rows)
-            shown = keep_extremes(shown + list(zip(rows, x, strict=True)))
+            extremes = keep_extremes(shown + list(zip(rows, x, strict=True)))
+            shown = [(row, picture.clone()) for row, picture in extremes]  # not the whole batch
     report(saved, folder, counts, shown, bad)
 
 

@@ -88,7 +88,7 @@ class Config:
     device: str
     seed: Annotated[int, ">= 0", "<= 4000000000"]  # seed + repeats is a seed, too
     repeats: Annotated[int, ">= 1", "<= 1000"]
-    image_size: Annotated[int, ">= 0", "<= 1024"]
+    image_size: Annotated[int, ">= 0", "<= 512"]
     mirror: bool
     labels_per_class: Annotated[int, ">= 0", "<= 1000000"]
     val_per_class: Annotated[int, ">= 0", "<= 1000000"]
@@ -453,9 +453,12 @@ def read_model(trial: Trial, name: str, number: int) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Class logits (N, C) of uint8 images."""
+    """Class logits (N, C) of uint8 images. Raises FloatingPointError if they are not finite."""
     model.eval()
-    return torch.cat([model(part) for part in batches(x)])
+    logits = torch.cat([model(part) for part in batches(x)])
+    if not logits.isfinite().all():
+        raise FloatingPointError("the network's outputs are not finite; a smaller lr may help")
+    return logits
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:

@@ -1027,6 +1027,29 @@ def test_the_least_data_can_be_drawn(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_least_data_give_a_whole_run(tmp_path):
+    """One label a class, one picture without a label, one test picture a class, no validation."""
+    write_folder(tmp_path, unlabelled=1)
+    for path in tmp_path.glob("t*/*/*.png"):
+        if path.stem != "0":
+            path.unlink()
+    flags = ["--dataset", "folder", "--data_dir", tmp_path, "--labels_per_class", "1"]
+    flags += ["--val_per_class", "0", "--out_dir", tmp_path / "runs"]
+    folder = train("self_training", *flags, *SMALL)
+    report = report_of(folder)
+    assert report["metrics"]["sizes"] == {"labelled": 2, "validation": 0, "pool": 1, "test": 2}
+    keys = {"self_training_accuracy", "supervised_accuracy", "sklearn_accuracy"}
+    assert set(report["headline"]) == keys
+    assert len(list(folder.glob("*.png"))) == 3
+
+
+def test_a_network_that_is_not_finite_ends_the_run():
+    model = SmallCNN(channels=1, width=2, classes=3)
+    torch.nn.init.constant_(model.layers[0].weight, math.inf)
+    with pytest.raises(FloatingPointError, match="smaller lr"):
+        PROJECT.train.predict(model, torch.ones(3, 1, 8, 8).byte())
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
