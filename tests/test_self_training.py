@@ -788,6 +788,122 @@ def test_a_round_looks_at_no_more_pictures_than_it_can_learn(tmp_path):
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch):
+    """Not the last one: labels, model and pictures come from the round that the stop keeps."""
+    trial = new_trial(tmp_path, compare=False)
+    (arm,) = PROJECT.train.arms_of(trial)
+    outcome = PROJECT.train.self_train(trial, arm)
+    rows = [row | {"temperature": 0.5 + n / 5} for n, row in enumerate(outcome.rows)]
+    outcome = outcome._replace(rows=rows, kept={"last": 2, "agreement": 1, "validation": 0})
+    source, trial = made_source(), disturb(trial, "hidden_labels")
+    PROJECT.train.save_model(source, trial, outcome)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    model = PROJECT.train.read_model(trial, "rounds", 1)
+    assert all(torch.equal(x, saved["weights"][name]) for name, x in model.state_dict().items())
+    assert saved["temperature"] == 0.7
+    PROJECT.train.write_labels(source, trial, outcome)
+    probs = calibrated_probs(PROJECT.train.predict(model, trial.splits.pool), saved["temperature"])
+    table = list(csv.DictReader((tmp_path / "pseudo_labels.csv").open()))
+    found = [float(row["confidence"]) for row in table]
+    assert found == pytest.approx(probs.max(1).values.tolist(), abs=1e-6)
+    shown = {}
+    for plot in ("plot_accuracy", "plot_quality", "plot_examples"):
+
+        def keep(*args: object, plot: str = plot) -> None:
+            shown[plot] = args
+
+        monkeypatch.setattr(PROJECT.train, plot, keep)
+    metrics = {"arms": {"rounds": {}}}
+    PROJECT.train.plot_results(source, metrics, trial, outcome)
+    assert shown["plot_accuracy"][0] is metrics and shown["plot_quality"][0] is metrics["arms"]
+    first, mistakes, number, *_ = shown["plot_examples"]
+    splits = trial.splits
+    for items, place in ((first, 0), (mistakes, 1)):
+        given = PROJECT.train.read_round(trial, "rounds", place).given
+        wrong = (given.label != NONE) & (given.label != splits.hidden)
+        chosen = wrong if place else given.label != NONE
+        wanted = given.confidence[chosen].sort(descending=True).values[:16]
+        assert items["confidence"].tolist() == wanted.tolist()
+        assert all((items["label"] != items["truth"]).tolist()) or not place
+    assert number == 1 and len(mistakes["x"])
+
+
+def test_scikit_learn_gets_the_same_labels_and_the_right_features(tmp_path, monkeypatch):
+    trial, calls = new_trial(tmp_path, sklearn_pool=20), []
+    arms = {arm.name: arm for arm in PROJECT.train.arms_of(trial)}
+    names = ("supervised", "supervised_val")
+    outcomes = {name: PROJECT.train.self_train(trial, arms[name]) for name in names}
+
+    def keep(kind: str, *parts: object) -> dict:
+        calls.append((kind, *parts))
+        return {"k=1": len(calls)}
+
+    monkeypatch.setattr(PROJECT.train, "sklearn_accuracy", keep)
+    judged = PROJECT.train.judge(trial, outcomes)
+    assert list(judged["sklearn"].values()) == [1, 2, 3, 4, 5, 6]
+    assert list(judged["sklearn_val"].values()) == [7, 8, 9, 10, 11, 12]
+    splits = trial.splits
+    both = torch.cat((splits.labelled.x, splits.val.x))
+    for name, images, own in (
+        ("supervised", splits.labelled.x, calls[:6]),
+        ("supervised_val", both, calls[6:]),
+    ):
+        model = PROJECT.train.read_model(trial, name, 0).eval()
+        for place, (_, labelled, pool, test) in enumerate(own):
+            for found, x in (
+                (labelled[0], images),
+                (pool, splits.pool[:20]),
+                (test[0], splits.test.x),
+            ):
+                x = x.float() / 255
+                with torch.no_grad():
+                    wanted = x.flatten(1) if place < 3 else model.features(x)
+                assert torch.allclose(found, wanted, atol=1e-6)
+            assert torch.equal(test[1], splits.test.y)
+        assert torch.equal(labelled[1], arms[name].images.y)
+
+
+def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch):
+    changes = {"balanced": False, "revise": False, "threshold": 0.4, "add_per_round": 7}
+    changes |= {"pool_batch_size": 20}  # a round looks at the whole pool
+    trial, calls = new_trial(tmp_path, **changes), {"next_labels": [], "confident_labels": []}
+    assert not PROJECT.train.new_networks(trial).live.balanced
+
+    def watch(name: str, real: object) -> None:
+        def keep(*parts: object, **how: object) -> object:
+            calls[name].append((parts, how))
+            return real(*parts, **how)
+
+        monkeypatch.setattr(PROJECT.train, name, keep)
+
+    watch("next_labels", PROJECT.train.next_labels)
+    watch("confident_labels", PROJECT.train.confident_labels)
+    for arm in PROJECT.train.arms_of(trial)[1:3]:
+        outcome = PROJECT.train.self_train(trial, arm)
+        (parts, how), *_ = calls["next_labels" if arm.name == "plain" else "confident_labels"]
+        model = PROJECT.train.read_model(trial, arm.name, 0)
+        logits = PROJECT.train.predict(model, trial.splits.pool)
+        if arm.name == "plain":  # the validation labels calibrate its choice
+            assert how == {"add": 7, "threshold": 0.4, "balanced": False, "revise": False}
+            temperature = outcome.rows[0]["temperature"]
+            assert temperature != 1
+            assert torch.allclose(parts[1], calibrated_probs(logits, temperature))
+        else:
+            assert how == {"balanced": False}
+            probs = calibrated_probs(logits, 1.0)
+            assert torch.allclose(parts[0].sort(0).values, probs.sort(0).values, atol=1e-5)
+
+
+def test_patience_ends_an_arm(tmp_path, monkeypatch):
+    trial = new_trial(tmp_path, rounds=6, patience=2, compare=False)
+    shares = iter([1.0, 0.3, 0.5, 0.4, 0.2, 0.1, 0.1])
+    monkeypatch.setattr(PROJECT.train, "share_changed", lambda *_: next(shares))
+    (arm,) = PROJECT.train.arms_of(trial)
+    outcome = PROJECT.train.self_train(trial, arm)
+    assert len(outcome.rows) == 4 and outcome.kept["agreement"] == 1
+    assert outcome.reason == "agreement: no better round"
+
+
 def test_all_arms_take_the_same_number_of_steps(tmp_path, monkeypatch):
     trial, steps, taken = new_trial(tmp_path), {}, []
     kind = PROJECT.train.AveragedModel
