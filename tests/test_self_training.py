@@ -863,11 +863,12 @@ def test_scikit_learn_gets_the_same_labels_and_the_right_features(tmp_path, monk
         assert torch.equal(labelled[1], arms[name].images.y)
 
 
-def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch):
-    changes = {"balanced": False, "revise": False, "threshold": 0.4, "add_per_round": 7}
+@pytest.mark.parametrize("on", [False, True])
+def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch, on):
+    changes = {"balanced": on, "revise": on, "threshold": 0.4, "add_per_round": 7}
     changes |= {"pool_batch_size": 20}  # a round looks at the whole pool
     trial, calls = new_trial(tmp_path, **changes), {"next_labels": [], "confident_labels": []}
-    assert not PROJECT.train.new_networks(trial).live.balanced
+    assert PROJECT.train.new_networks(trial).live.balanced == on
 
     def watch(name: str, real: object) -> None:
         def keep(*parts: object, **how: object) -> object:
@@ -884,12 +885,12 @@ def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch):
         model = PROJECT.train.read_model(trial, arm.name, 0)
         logits = PROJECT.train.predict(model, trial.splits.pool)
         if arm.name == "plain":  # the validation labels calibrate its choice
-            assert how == {"add": 7, "threshold": 0.4, "balanced": False, "revise": False}
+            assert how == {"add": 7, "threshold": 0.4, "balanced": on, "revise": on}
             temperature = outcome.rows[0]["temperature"]
             assert temperature != 1
             assert torch.allclose(parts[1], calibrated_probs(logits, temperature))
         else:
-            assert how == {"balanced": False}
+            assert how == {"balanced": on}
             probs = calibrated_probs(logits, 1.0)
             assert torch.allclose(parts[0].sort(0).values, probs.sort(0).values, atol=1e-5)
 
