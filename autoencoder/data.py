@@ -403,7 +403,7 @@ def load_photographs(train_images: int, seed: int) -> Set:
     from sklearn.datasets import load_sample_images
 
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    strips = photos.split(sizes(photos.shape[3], SHARES)[::-1], dim=3)[::-1]  # train at the right
+    strips = photos.split(part_sizes(photos.shape[3], SHARES)[::-1], dim=3)[::-1]  # train at the right
     parts = []
     for strip, count, generator in zip(
         strips, *counts_and_generators(train_images, seed), strict=True
@@ -531,7 +531,7 @@ def read_images(folder: Path, cache: Path, bad: list[str]) -> tuple[tuple[str, .
     return tuple(files), Images(x, y)
 
 
-def sizes(count: int, shares: tuple[float, ...]) -> list[int]:
+def part_sizes(count: int, shares: tuple[float, ...]) -> list[int]:
     first = [round(share * count) for share in shares[:-1]]
     return [*first, count - sum(first)]
 
@@ -539,7 +539,7 @@ def sizes(count: int, shares: tuple[float, ...]) -> list[int]:
 def split(images: Images, shares: tuple[float, ...], seed: int) -> list[Images]:
     """Disjoint random parts of the given shares."""
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
-    parts = order.split(sizes(len(order), shares))
+    parts = order.split(part_sizes(len(order), shares))
     return [Images(images.x[part], images.y[part]) for part in parts]
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     given, saved, folder, device = start_predict(parser)
     if not 0 <= given.generate <= 100_000:
         raise DataError(f"--generate: expected 0 to 100000, found {given.generate}")
-    autoencoder, pca = load_model(saved, device)
+    autoencoder, pca = load_autoencoder(saved, device)
     if given.generate:
         seed_everything(given.seed, "generate")
         generate(autoencoder, saved, given.generate, folder)
@@ -46,7 +46,7 @@ def main() -> None:
     print(folder)
 
 
-def load_model(saved: dict, device: torch.device) -> tuple[Autoencoder, Pca]:
+def load_autoencoder(saved: dict, device: torch.device) -> tuple[Autoencoder, Pca]:
     weights = saved["weights"]
     autoencoder = Autoencoder(
         tuple(saved["widths"]), saved["code_size"], weights["encoder.mean"].cpu()
