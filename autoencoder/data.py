@@ -403,7 +403,8 @@ def load_photographs(train_images: int, seed: int) -> Set:
     from sklearn.datasets import load_sample_images
 
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    strips = photos.split(part_sizes(photos.shape[3], SHARES)[::-1], dim=3)[::-1]  # train at the right
+    widths = part_sizes(photos.shape[3], SHARES)
+    strips = photos.split(widths[::-1], dim=3)[::-1]  # train at the right
     parts = []
     for strip, count, generator in zip(
         strips, *counts_and_generators(train_images, seed), strict=True
@@ -543,7 +544,7 @@ def split(images: Images, shares: tuple[float, ...], seed: int) -> list[Images]:
     return [Images(images.x[part], images.y[part]) for part in parts]
 
 
-def choose(images: Images, count: int, seed: int) -> Images:
+def choose_labelled(images: Images, count: int, seed: int) -> Images:
     """`count` images at random, of all classes as evenly as can be; more hold those of fewer."""
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
     y = images.y.cpu()[order]
@@ -558,7 +559,7 @@ def choose(images: Images, count: int, seed: int) -> Images:
 # --- batches ----------------------------------------------------------------------------------
 
 
-def as_float(x: Tensor) -> Tensor:
+def scaled(x: Tensor) -> Tensor:
     """Images in [0, 1] from uint8, channels last in memory; anything else as it is."""
     if x.dtype != torch.uint8:
         return x
@@ -568,10 +569,10 @@ def as_float(x: Tensor) -> Tensor:
 def batches(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All images in their order."""
     for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
-        yield as_float(x), y
+        yield scaled(x), y
 
 
-def shuffled(
+def shuffled_batches(
     images: Images, batch_size: int, *, mirror: bool = False, shift: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images once in a random order; with `mirror` half of them, at random, mirrored, and each
@@ -583,7 +584,7 @@ def shuffled(
         if mirror:
             turned = torch.rand(len(x)).to(x.device) < 0.5
             x = torch.where(turned[:, None, None, None], x.flip(3), x)
-        yield as_float(move(x, shift) if shift else x), images.y[chosen]
+        yield scaled(move(x, shift) if shift else x), images.y[chosen]
 
 
 def move(x: Tensor, shift: int) -> Tensor:

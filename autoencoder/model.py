@@ -209,7 +209,7 @@ class CodeNeighbours(NamedTuple):
         return varied
 
 
-def nearest(x: Tensor, others: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+def nearest_image(x: Tensor, others: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
     """Root mean square difference (N,) of each x to the nearest of `others`, and its number (N,).
 
     Both are images in [0, 1], or uint8.

@@ -115,7 +115,7 @@ def plot_noise(
                 label = f"{kind} noise, {level:g} sd"
                 lines[new_label(label, numbers[kind][f"{level:g}"])] = x
     title = f"{dataset}: test images' codes with noise, decoded; accuracy of an outside classifier"
-    plot_pictures(lines, title, path)
+    plot_lines(lines, title, path)
 
 
 def new_label(text: str, numbers: dict) -> str:
@@ -131,7 +131,7 @@ def plot_new(new: Tensor, copies: Tensor, numbers: dict, dataset: str, path: Pat
     far = (
         f"nearest training image {own['to_nearest']:.3f} (of test images {test['to_nearest']:.3f})"
     )
-    plot_pictures(lines, f"{title}{far}, pixels in [0, 1]", path)
+    plot_lines(lines, f"{title}{far}, pixels in [0, 1]", path)
 
 
 def show_line(axes: plt.Axes, x: Tensor, label: str, gaps: tuple[int, ...] = ()) -> None:
@@ -149,7 +149,7 @@ def show_line(axes: plt.Axes, x: Tensor, label: str, gaps: tuple[int, ...] = ())
     axes.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
 
 
-def plot_pictures(lines: dict[str, Tensor], title: str, path: Path) -> None:
+def plot_lines(lines: dict[str, Tensor], title: str, path: Path) -> None:
     """A labelled line of images (N, 3, H, W) for each entry."""
     size = (7, 0.6 * len(lines) + 0.5 + 0.2 * title.count("\n"))
     figure, panels = plt.subplots(len(lines), 1, figsize=size, layout="constrained", squeeze=False)

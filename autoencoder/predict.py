@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import SIZE, DataError, as_float, open_picture, picture_batches, shrink
+from data import SIZE, DataError, open_picture, picture_batches, scaled, shrink
 from model import Autoencoder, CodeNeighbours, Pca, decode_bytes, image_errors, path_between
-from plots import plot_pictures
+from plots import plot_lines
 from run import run_main, seed_everything, start_predict
 
 BATCH = 256
@@ -38,7 +38,7 @@ def main() -> None:
     autoencoder, pca = load_autoencoder(saved, device)
     if given.generate:
         seed_everything(given.seed, "generate")
-        generate(autoencoder, saved, given.generate, folder)
+        write_new(autoencoder, saved, given.generate, folder)
     if given.interpolate:
         interpolate(autoencoder, saved, given.interpolate, folder)
     if given.inputs or not (given.generate or given.interpolate):
@@ -69,7 +69,7 @@ def reconstruct(autoencoder: Autoencoder, pca: Pca, inputs: list[str], folder: P
         table = csv.writer(file)
         table.writerow(["file", *totals])
         for names, pictures in picture_batches(inputs, (SIZE, SIZE), BATCH, bad):
-            x = as_float(pictures).to(device)
+            x = scaled(pictures).to(device)
             outputs = {"mse": autoencoder(x), "pca_mse": pca(x)}
             errors = {name: image_errors(y, x).cpu() for name, y in outputs.items()}
             table.writerows(zip(names, *(own.tolist() for own in errors.values()), strict=True))
@@ -83,7 +83,7 @@ def reconstruct(autoencoder: Autoencoder, pca: Pca, inputs: list[str], folder: P
     codes = np.concatenate(codes)
     np.save(folder / "codes.npy", codes)
     title = "pictures as the networks see them, and what comes back"
-    plot_pictures(lines, title, folder / "reconstructions.png")
+    plot_lines(lines, title, folder / "reconstructions.png")
     print(f"{len(codes)} pictures, {len(bad)} left out; mean squared error, pixels in [0, 1]:")
     print(f"{'autoencoder':>16}  {totals['mse'] / len(codes):.5f}")
     print(f"{'PCA':>16}  {totals['pca_mse'] / len(codes):.5f}")
@@ -94,7 +94,7 @@ def first_line(x: Tensor, own: Tensor, pca: Tensor) -> dict[str, Tensor]:
     return {name: part[:SHOWN].clamp(0, 1).cpu() for name, part in rows.items()}
 
 
-def generate(autoencoder: Autoencoder, saved: dict, count: int, folder: Path) -> None:
+def write_new(autoencoder: Autoencoder, saved: dict, count: int, folder: Path) -> None:
     """new/CLASS-NUMBER.png, the classes in turn, and new.png, a picture of the first."""
     known = CodeNeighbours(
         *(saved[name].to(autoencoder.encoder.mean.device) for name in ("codes", "code_classes"))
@@ -114,8 +114,8 @@ def generate(autoencoder: Autoencoder, saved: dict, count: int, folder: Path) ->
         name = "".join(c if c.isalnum() else "_" for c in saved["classes"][label])
         path = folder / "new" / f"{number:05d}-{name}.png"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    lines = {f"{n}": as_float(x[n : n + SHOWN]) for n in range(0, min(count, 8 * SHOWN), SHOWN)}
-    plot_pictures(lines, "new images, by number", folder / "new.png")
+    lines = {f"{n}": scaled(x[n : n + SHOWN]) for n in range(0, min(count, 8 * SHOWN), SHOWN)}
+    plot_lines(lines, "new images, by number", folder / "new.png")
     print(f"{count} new images of {len(labels)} classes in {folder / 'new'}")
 
 
@@ -123,15 +123,15 @@ def generate(autoencoder: Autoencoder, saved: dict, count: int, folder: Path) ->
 def interpolate(autoencoder: Autoencoder, saved: dict, ends: list[str], folder: Path) -> None:
     """interpolation.png: from one picture to another, straight and where codes are dense."""
     x = torch.stack([shrink(open_picture(Path(path)), (SIZE, SIZE)) for path in ends])
-    codes = autoencoder.encoder(as_float(x).to(autoencoder.encoder.mean.device))
+    codes = autoencoder.encoder(scaled(x).to(autoencoder.encoder.mean.device))
     share = torch.linspace(0, 1, SHOWN).to(codes)[:, None]
     ways = {
         "straight line": torch.lerp(codes[0], codes[1], share),
         "where codes\nare dense": path_between(saved["codes"].to(codes), codes, SHOWN),
     }
-    lines = {way: as_float(decode_bytes(autoencoder, y)).cpu() for way, y in ways.items()}
+    lines = {way: scaled(decode_bytes(autoencoder, y)).cpu() for way, y in ways.items()}
     title = "from the first picture to the second through their codes"
-    plot_pictures(lines, title, folder / "interpolation.png")
+    plot_lines(lines, title, folder / "interpolation.png")
     print(f"{SHOWN} images between {ends[0]} and {ends[1]} in {folder / 'interpolation.png'}")
 
 

@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataError, Images, Pair, Set, as_float, batches, choose, load, mean_image, shuffled
+from data import (
+    DataError,
+    Images,
+    Pair,
+    Set,
+    batches,
+    choose_labelled,
+    load,
+    mean_image,
+    scaled,
+    shuffled_batches,
+)
 from model import (
     Autoencoder,
     Classifier,
@@ -32,7 +43,7 @@ from model import (
     fit_pca,
     hide,
     image_errors,
-    nearest,
+    nearest_image,
     one_cycle,
     path_between,
     psnr,
@@ -41,9 +52,9 @@ from plots import (
     plot_classifier,
     plot_cross,
     plot_curves,
+    plot_lines,
     plot_new,
     plot_noise,
-    plot_pictures,
     plot_probes,
     plot_reconstructions,
 )
@@ -228,13 +239,15 @@ def images_to_copy(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Training images, of which patches may be hidden, and the whole images."""
     shift = config.shift if images.mirror else 0
-    for x, _ in shuffled(images.train, config.batch_size, mirror=images.mirror, shift=shift):
+    for x, _ in shuffled_batches(
+        images.train, config.batch_size, mirror=images.mirror, shift=shift
+    ):
         yield (hide(x, mean, hidden) if hidden else x), x
 
 
 def new_optimizers(model: nn.Module, steps: int, config: Config) -> dict:
     """Muon for matrices and kernels, Adam for biases, and the cycle of both rates."""
-    dtype = torch.bfloat16 if use_bfloat16(config) else torch.float32
+    dtype = torch.bfloat16 if in_bfloat16(config) else torch.float32
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     biases = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizers = {
@@ -265,7 +278,7 @@ def train_one_epoch(
 ) -> float:
     """Mean loss per image. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    half, losses, images = use_bfloat16(config), [], 0
+    half, losses, images = in_bfloat16(config), [], 0
     for x, target in tqdm(pairs, label, leave=False, disable=None):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             output = model(x)
@@ -280,7 +293,7 @@ def train_one_epoch(
     return float(sum_losses(losses, label)) / images
 
 
-def use_bfloat16(config: Config) -> bool:
+def in_bfloat16(config: Config) -> bool:
     """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
     if config.precision == "auto":
         return config.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -297,7 +310,7 @@ def reconstructions(
     rows = {"untrained": {name: new_autoencoder(sets[name], config) for name in sets}}
     rows |= {f"trained_on_{name}": dict.fromkeys(sets, models[name]) for name in sets}
     for name, images in sets.items():
-        pca = fit_pca(as_float(images.train.x), config.code_size)
+        pca = fit_pca(scaled(images.train.x), config.code_size)
         rows[f"pca_of_{name}"] = dict.fromkeys(sets, pca)
     return rows
 
@@ -318,7 +331,7 @@ def summarise(errors: dict[str, dict[str, Tensor]]) -> dict:
 
 
 @torch.no_grad()
-def apply(part: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+def outputs_of(part: Callable[[Tensor], Tensor], images: Images) -> Tensor:
     return torch.cat([part(x) for x, _ in batches(images, CHUNK)])
 
 
@@ -331,14 +344,14 @@ def study(images: Set, models: dict[str, Autoencoder], config: Config, run: Path
     for count, passes in zip(config.label_counts, config.classifier_epochs, strict=True):
         rows, tests = {start: [] for start in STARTS}, {start: [] for start in STARTS}
         for seed in config.seeds:
-            labelled = choose(images.train, count, seed)
+            labelled = choose_labelled(images.train, count, seed)
             for start in STARTS:
                 model = new_classifier(images, models, start, config, seed)
                 options = {"name": f"{start}-{count}labels-seed{seed}", "order": f"{count}labels"}
                 options |= {"count": passes, "lr": getattr(config, f"{start}_lr"), "seed": seed}
                 own = train_classifier(model, labelled, images.val, config, run, **options)
                 rows[start].append(own)
-                tests[start].append(evaluate_classes(model, images.test)["accuracy"])
+                tests[start].append(evaluate_classifier(model, images.test)["accuracy"])
         numbers[str(count)] = {start: over_seeds(rows[start], tests[start]) for start in STARTS}
     return numbers
 
@@ -371,23 +384,23 @@ def train_classifier(
     shift: int = 0,
 ) -> list[dict]:
     """Rows of history.csv. Stages to be compared share `order`, which seeds the order of images."""
-    labelled = repeat(labelled, max(1, LEAST_IMAGES // len(labelled.x)))
+    labelled = repeated(labelled, max(1, LEAST_IMAGES // len(labelled.x)))
     size = config.classifier_batch_size
     steps = count * math.ceil(len(labelled.x) / size)
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     optimizers = {"adam": optimizer, "schedule": new_schedule(optimizer, steps, config)}
     for row in epochs(run, name, {"model": model} | optimizers, count, seed):
         seed_everything(seed, order, row["epoch"])
-        pairs, label = shuffled(labelled, size, shift=shift), f"{name} epoch {row['epoch']}"
+        pairs, label = shuffled_batches(labelled, size, shift=shift), f"{name} epoch {row['epoch']}"
         loss = train_one_epoch(model, pairs, F.cross_entropy, optimizers, label, config)
         row["train_loss"] = loss
-        row |= {f"val_{key}": value for key, value in evaluate_classes(model, val).items()}
+        row |= {f"val_{key}": value for key, value in evaluate_classifier(model, val).items()}
     return read_rows(run, name)
 
 
-def evaluate_classes(model: nn.Module, images: Images) -> dict[str, float]:
+def evaluate_classifier(model: nn.Module, images: Images) -> dict[str, float]:
     """Cross-entropy in nats and accuracy, means over all images."""
-    logits = apply(model, images).double()
+    logits = outputs_of(model, images).double()
     accuracy = (logits.argmax(1) == images.y).double().mean()
     return {"loss": float(F.cross_entropy(logits, images.y)), "accuracy": float(accuracy)}
 
@@ -426,12 +439,12 @@ def probe_all(images: Set, models: dict[str, Autoencoder], pca: Pca, config: Con
     }
     numbers = {}
     for name, encoder in encoders.items():
-        train = Images(apply(encoder, images.train).cpu(), images.train.y.cpu())
-        test = Images(apply(encoder, images.test).cpu(), images.test.y.cpu())
+        train = Images(outputs_of(encoder, images.train).cpu(), images.train.y.cpu())
+        test = Images(outputs_of(encoder, images.test).cpu(), images.test.y.cpu())
         numbers[name] = {}
         for count in config.label_counts:
             every = config.seeds if count < len(train.x) else config.seeds[:1]
-            scores = [probe(choose(train, count, seed), test) for seed in every]
+            scores = [probe(choose_labelled(train, count, seed), test) for seed in every]
             numbers[name][str(count)] = {
                 kind: with_mean([score[kind] for score in scores]) for kind in scores[0]
             }
@@ -474,8 +487,8 @@ def train_judge(images: Set, config: Config, run: Path) -> Classifier:
 # --- new images -------------------------------------------------------------------------------
 
 
-def encode(autoencoder: Autoencoder, images: Images) -> Tensor:
-    return apply(autoencoder.encoder, images)
+def codes_of(autoencoder: Autoencoder, images: Images) -> Tensor:
+    return outputs_of(autoencoder.encoder, images)
 
 
 def generate(
@@ -486,8 +499,8 @@ def generate(
     They are made of the codes of test images. `local` noise has the full covariance of the nearest
     codes of the class; `independent` noise, for comparison, each number's standard deviation alone.
     """
-    y, codes = images.test.y, encode(autoencoder, images.test)
-    known = CodeNeighbours(encode(autoencoder, images.train), images.train.y)
+    y, codes = images.test.y, codes_of(autoencoder, images.test)
+    known = CodeNeighbours(codes_of(autoencoder, images.train), images.train.y)
     sd = known.codes.std(0)
     numbers: dict = {"test_images": describe(images.test, images, judge, config)}
     generated: dict = {"local": {}, "independent": {}}
@@ -508,11 +521,11 @@ def describe(new: Images, images: Set, judge: Classifier | None, config: Config)
 
     The distance is a median over the first 200 images, of root mean squares over pixels.
     """
-    far, _ = nearest(new.x[:200], images.train.x)
-    errors = image_errors(as_float(new.x), as_float(images.test.x))
+    far, _ = nearest_image(new.x[:200], images.train.x)
+    errors = image_errors(scaled(new.x), scaled(images.test.x))
     numbers = {"mse_to_clean": float(errors.mean()), "to_nearest": float(far.median())}
     if judge is not None:
-        numbers["judge_accuracy"] = evaluate_classes(judge, new)["accuracy"]
+        numbers["judge_accuracy"] = evaluate_classifier(judge, new)["accuracy"]
     return numbers
 
 
@@ -522,14 +535,14 @@ def add_generated(images: Set, autoencoder: Autoencoder, config: Config, run: Pa
     Both start at random and take as many steps. The neighbours are of any class: their
     labels are not known here.
     """
-    train = encode(autoencoder, images.train)
+    train = codes_of(autoencoder, images.train)
     known = CodeNeighbours(train, torch.zeros_like(images.train.y))
     numbers = {}
     for count in config.added_labels:
         accuracy: dict = {"without": [], "with": []}
         for seed in config.seeds:
-            labelled = choose(images.train, count, seed)
-            pools = {"without": repeat(labelled, config.added_copies + 1)}
+            labelled = choose_labelled(images.train, count, seed)
+            pools = {"without": repeated(labelled, config.added_copies + 1)}
             pools["with"] = vary_copies(labelled, autoencoder, known, config, seed)
             for kind, scores in accuracy.items():
                 model = new_classifier(images, {"x": autoencoder}, "random", config, seed)
@@ -537,7 +550,7 @@ def add_generated(images: Set, autoencoder: Autoencoder, config: Config, run: Pa
                 options |= {"order": f"added-{count}labels", "lr": config.random_lr}
                 options |= {"count": config.added_epochs}
                 train_classifier(model, pools[kind], images.val, config, run, **options)
-                scores.append(evaluate_classes(model, images.test)["accuracy"])
+                scores.append(evaluate_classifier(model, images.test)["accuracy"])
         gains = [more - less for less, more in zip(*accuracy.values(), strict=True)]
         error = deviation(gains) / math.sqrt(len(gains))
         numbers[str(count)] = {kind: with_mean(scores) for kind, scores in accuracy.items()}
@@ -545,7 +558,7 @@ def add_generated(images: Set, autoencoder: Autoencoder, config: Config, run: Pa
     return numbers
 
 
-def repeat(images: Images, times: int) -> Images:
+def repeated(images: Images, times: int) -> Images:
     return Images(images.x.repeat(times, 1, 1, 1), images.y.repeat(times))
 
 
@@ -553,7 +566,7 @@ def vary_copies(
     labelled: Images, autoencoder: Autoencoder, known: CodeNeighbours, config: Config, seed: int
 ) -> Images:
     """The images, and `added_copies` new ones of each."""
-    codes, copies = encode(autoencoder, labelled), [labelled.x]
+    codes, copies = codes_of(autoencoder, labelled), [labelled.x]
     seed_everything(seed, "copies")
     for _ in range(config.added_copies):
         varied = known.vary(codes, torch.zeros_like(labelled.y), config.added_noise)
@@ -575,7 +588,7 @@ def save_model(autoencoder: Autoencoder, pca: Pca, images: Set, config: Config, 
         "weights": autoencoder.state_dict(),
         "pca_mean": pca.mean,
         "pca_components": pca.components,
-        "codes": encode(autoencoder, some),
+        "codes": codes_of(autoencoder, some),
         "code_classes": some.y,
     }
     save(run / "model.pt", description)
@@ -613,28 +626,28 @@ def plot_results(
     numbers, x = metrics["reconstruction"], sets["x"]
     history = {name: read_rows(run, f"autoencoder-{name}") for name in sets}
     try_plot(plot_curves, history, numbers, names, run / "curves.png")
-    shown = {name: examples(name, sets, methods, errors) for name in sets}
+    shown = {name: shown_examples(name, sets, methods, errors) for name in sets}
     try_plot(plot_reconstructions, shown, numbers, names, run / "reconstructions.png")
     judged = metrics["generation"]
     lines = {
-        kind: {n: as_float(new.x[:12]).cpu() for n, new in levels.items()}
+        kind: {n: scaled(new.x[:12]).cpu() for n, new in levels.items()}
         for kind, levels in generated.items()
     }
-    some = as_float(x.test.x[:12]).cpu()
+    some = scaled(x.test.x[:12]).cpu()
     try_plot(plot_noise, some, lines, judged, x.name, run / "noise.png")
     new = one_of_each_class(generated["local"][1.0], len(x.classes))
-    _, which = nearest(new, x.train.x)
-    copies = as_float(x.train.x[which]).cpu()
-    try_plot(plot_new, as_float(new).cpu(), copies, judged, x.name, run / "new.png")
+    _, which = nearest_image(new, x.train.x)
+    copies = scaled(x.train.x[which]).cpu()
+    try_plot(plot_new, scaled(new).cpu(), copies, judged, x.name, run / "new.png")
     title = f"{x.name}: from one test image to another through their codes"
-    try_plot(plot_pictures, paths(x, models["x"]), title, run / "interpolation.png")
+    try_plot(plot_lines, paths(x, models["x"]), title, run / "interpolation.png")
     if config.compare:
         try_plot(plot_cross, numbers, names, config.code_size, run / "cross.png")
         try_plot(plot_classifier, metrics["classifier"], x.name, run / "classifier.png")
         try_plot(plot_probes, metrics["probes"], x.name, run / "probes.png")
 
 
-def examples(
+def shown_examples(
     name: str,
     sets: dict[str, Set],
     methods: dict[str, dict[str, Reconstruct]],
@@ -642,7 +655,7 @@ def examples(
 ) -> dict[str, Tensor]:
     """Test images of a set and what each method makes of them."""
     chosen = best_median_worst(errors[f"trained_on_{name}"][name], sets[name].test.x)
-    x = as_float(sets[name].test.x[chosen.to(sets[name].test.x.device)])
+    x = scaled(sets[name].test.x[chosen.to(sets[name].test.x.device)])
     rows = [row for row in methods if row.startswith("trained_on") or row == f"pca_of_{name}"]
     outputs = {row: methods[row][name](x).clamp(0, 1).cpu() for row in rows}
     return {"original": x.cpu()} | outputs
@@ -675,14 +688,16 @@ def nth_of_each(y: Tensor, classes: int, turn: int) -> list[Tensor]:
 
 def paths(images: Set, autoencoder: Autoencoder, count: int = 12) -> dict[str, Tensor]:
     """Images between two pairs of test images, on a straight line and where codes are dense."""
-    codes, lines = encode(autoencoder, images.train)[:KEPT_CODES], {}
+    codes, lines = codes_of(autoencoder, images.train)[:KEPT_CODES], {}
     for pair in range(min(2, len(images.test.x) // 2)):
-        ends = encode(autoencoder, Images(*(part[2 * pair : 2 * pair + 2] for part in images.test)))
+        ends = codes_of(
+            autoencoder, Images(*(part[2 * pair : 2 * pair + 2] for part in images.test))
+        )
         share = torch.linspace(0, 1, count).to(ends)[:, None]
         ways = {"straight line": torch.lerp(ends[0], ends[1], share)}
         ways["where codes are dense"] = path_between(codes, ends, count)
         for way, between in ways.items():
-            lines[f"{way}, {pair + 1}"] = as_float(decode_bytes(autoencoder, between)).cpu()
+            lines[f"{way}, {pair + 1}"] = scaled(decode_bytes(autoencoder, between)).cpu()
     return lines
 
 
