@@ -16,9 +16,13 @@ TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab
 
 
 def plot_curves(
-    history: dict[str, list[dict]], numbers: dict, names: dict[str, str], path: Path
+    history: dict[str, list[dict]],
+    pca: dict[str, float],
+    numbers: dict,
+    names: dict[str, str],
+    path: Path,
 ) -> None:
-    """Training and validation MSE of each set's autoencoder over its epochs, and PCA's."""
+    """MSE of each set's autoencoder over its epochs, and PCA's on the validation images."""
     size = (1 + 4 * len(history), 3.6)
     figure, panels = plt.subplots(
         1, len(history), figsize=size, layout="constrained", squeeze=False
@@ -30,11 +34,11 @@ def plot_curves(
             ("val_loss", VALIDATION, "validation"),
         ):
             axes.plot(epochs, [row[key] for row in rows], ".-", color=color, label=label)
-        own, pca = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
-        axes.axhline(pca, color=BASELINE, linestyle="--", label="PCA, test")
+        axes.axhline(pca[name], color=BASELINE, linestyle="--", label="PCA, validation")
         axes.set(yscale="log", xlabel="epoch", ylabel="MSE, pixels in [0, 1]")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {pca:.5f}")
+        own, other = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
+        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {other:.5f}")
         axes.legend()
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)

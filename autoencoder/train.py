@@ -625,7 +625,11 @@ def plot_results(
     names = {name: images.name for name, images in sets.items()}
     numbers, x = metrics["reconstruction"], sets["x"]
     history = {name: read_rows(run, f"autoencoder-{name}") for name in sets}
-    try_plot(plot_curves, history, numbers, names, run / "curves.png")
+    pca = {
+        name: float(errors_of(methods[f"pca_of_{name}"][name], images.val).mean())
+        for name, images in sets.items()
+    }
+    try_plot(plot_curves, history, pca, numbers, names, run / "curves.png")
     shown = {name: shown_examples(name, sets, methods, errors) for name in sets}
     try_plot(plot_reconstructions, shown, numbers, names, run / "reconstructions.png")
     judged = metrics["generation"]
@@ -664,11 +668,11 @@ def shown_examples(
 def best_median_worst(errors: Tensor, x: Tensor) -> Tensor:
     """Numbers of up to twelve images: the four with the least, middle and largest errors (N,).
 
-    Of the more contrasted half of images alone: the flat ones have the least error, and show
-    nothing.
+    Of the half with more differences between neighbouring pixels alone: flat images have the least
+    error, and show nothing.
     """
-    contrast = x.float().std((2, 3)).sum(1).cpu()
-    rich = (contrast >= contrast.median()).nonzero()[:, 0]
+    texture = x.float().diff(dim=3).abs().mean((1, 2, 3)).cpu()
+    rich = (texture >= texture.median()).nonzero()[:, 0]
     ranked, middle = rich[errors[rich].argsort()], len(rich) // 2
     if len(ranked) < 12:
         return ranked

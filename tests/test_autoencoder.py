@@ -782,7 +782,7 @@ def test_plots_are_given_the_numbers_of_metrics_json(pair, tmp_path):
         output = call(train_py, *SMALL, "--out_dir", tmp_path)
     report = json.loads((Path(output.splitlines()[-1]) / "metrics.json").read_text())["metrics"]
     for plot, place, key in (
-        ("plot_curves", 1, "reconstruction"),
+        ("plot_curves", 2, "reconstruction"),
         ("plot_cross", 0, "reconstruction"),
         ("plot_classifier", 0, "classifier"),
         ("plot_probes", 0, "probes"),
@@ -790,7 +790,11 @@ def test_plots_are_given_the_numbers_of_metrics_json(pair, tmp_path):
         ("plot_new", 2, "generation"),
     ):
         assert json.loads(json.dumps(given[plot][place])) == report[key], plot
-    history = given["plot_curves"][0]
+    history, pca = given["plot_curves"][:2]
+    val = pair.x.val.x.flatten(1) / 255
+    exact = PCA(8, svd_solver="full").fit(pair.x.train.x.flatten(1).numpy() / 255)
+    back = exact.inverse_transform(exact.transform(val.numpy())).clip(0, 1)
+    assert pca["x"] == pytest.approx(((back - val.numpy()) ** 2).mean(), rel=2e-3)
     assert [len(history[name]) for name in ("x", "y")] == [2, 1]
     new, copies = given["plot_new"][:2]
     far = (new[:, None] - pair.x.train.x.float()[None] / 255).square().flatten(2).mean(2)
