@@ -7,12 +7,13 @@ Hornik 1989). Muon: Jordan et al. 2024, "Muon: An optimizer for hidden layers in
 
 import math
 from collections.abc import Iterable
-from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 SIZE = 32  # height and width of an image in pixels
+NEIGHBOURS = 10  # of a code
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. 2024
 
 
@@ -42,7 +43,7 @@ class Decoder(nn.Module):
     def __init__(self, widths: tuple[int, ...], code_size: int):
         super().__init__()
         side = SIZE >> len(widths)
-        self.spread = nn.Sequential(
+        self.widen = nn.Sequential(
             nn.Linear(code_size, widths[-1] * side**2),
             nn.GELU(),
             nn.Unflatten(1, (widths[-1], side, side)),
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, code: Tensor) -> Tensor:
-        return self.convolutions(self.spread(code))
+        return self.convolutions(self.widen(code))
 
 
 class Autoencoder(nn.Module):
@@ -71,64 +72,55 @@ class Autoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encoder(x))
 
-    def vary(self, x: Tensor, deviation: Tensor) -> Tensor:
-        """New images: the codes of x with normal noise of `deviation` (code_size,), decoded."""
-        codes = self.encoder(x)
-        noise = torch.randn(codes.shape).to(codes.device)  # the same on every device
-        return self.decode(codes + deviation * noise)
 
-    def interpolate(self, ends: Tensor, count: int) -> Tensor:
-        """`count` images on the line between the codes of two images (2, 3, 32, 32)."""
-        one, other = self.encoder(ends)
-        share = torch.linspace(0, 1, count, device=ends.device)[:, None]
-        return self.decode((1 - share) * one + share * other)
+@torch.no_grad()
+def decode_bytes(autoencoder: Autoencoder, codes: Tensor) -> Tensor:
+    """uint8 images (N, 3, 32, 32), 500 at a time."""
+    decoded = torch.cat([autoencoder.decode(part).clamp(0, 1) for part in codes.split(500)])
+    return (decoded * 255).round().byte()
 
 
 class Classifier(nn.Module):
-    """Class logits (N, classes) from images (N, 3, 32, 32): encoder, standardised code, linear.
-
-    A code is as small or large as its decoder likes it; without `standardise` a fresh head would
-    start from logits of any size.
-    """
+    """Class logits (N, classes) from images (N, 3, 32, 32): encoder and a linear layer."""
 
     def __init__(self, encoder: Encoder, classes: int):
         super().__init__()
         self.encoder = encoder
-        size = encoder.code.out_features
-        self.register_buffer("code_mean", torch.zeros(size))
-        self.register_buffer("code_sd", torch.ones(size))
-        self.head = nn.Linear(size, classes)
-
-    def standardise(self, codes: Tensor) -> None:
-        """From now on `features` of the images behind `codes` (N, size) have mean 0 and sd 1."""
-        self.code_mean.copy_(codes.mean(0))
-        self.code_sd.copy_(codes.std(0, correction=0).clamp(min=1e-6))
-
-    def features(self, x: Tensor) -> Tensor:
-        return (self.encoder(x) - self.code_mean) / self.code_sd
+        self.head = nn.Linear(encoder.code.out_features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        return self.head(self.encoder(x))
 
 
-class Pca:
-    """Reconstructions of images (N, 3, 32, 32) from `code_size` principal components.
-
-    Fitted to images in [0, 1]; `components` are orthonormal rows (code_size, 3072).
+def hide(x: Tensor, mean: Tensor, share: float) -> Tensor:
+    """Images (N, 3, H, W) in which patches of 4x4 pixels, each with probability `share`, are the
+    mean image's (3, H, W).
     """
+    hidden = torch.rand(len(x), 1, x.shape[2] // 4, x.shape[3] // 4).to(x.device) < share
+    return torch.where(hidden.repeat_interleave(4, 2).repeat_interleave(4, 3), mean, x)
 
-    def __init__(self, x: Tensor, code_size: int):
-        from sklearn.decomposition import PCA  # imported where it is used: it is slow
 
-        # more passes than this solver's default, so that it is exact to four digits
-        solver = PCA(code_size, svd_solver="randomized", iterated_power=8, random_state=0)
-        solver.fit(x.flatten(1).cpu().numpy())
-        self.mean = torch.from_numpy(solver.mean_).to(x)
-        self.components = torch.from_numpy(solver.components_).to(x)
+class Pca(NamedTuple):
+    """Reconstructions of images (N, 3, 32, 32) in [0, 1] from their principal components."""
+
+    mean: Tensor  # (3072,)
+    components: Tensor  # orthonormal rows (code_size, 3072)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - self.mean) @ self.components.T
 
     def __call__(self, x: Tensor) -> Tensor:
-        code = (x.flatten(1) - self.mean) @ self.components.T
-        return (code @ self.components + self.mean).view(x.shape)
+        return (self.encode(x) @ self.components + self.mean).view(x.shape)
+
+
+def fit_pca(x: Tensor, code_size: int) -> Pca:
+    """PCA of images (N, 3, 32, 32) in [0, 1]."""
+    from sklearn.decomposition import PCA  # imported where it is used: it is slow
+
+    # more passes than this solver's default, so that it is exact to four digits
+    solver = PCA(code_size, svd_solver="randomized", iterated_power=8, random_state=0)
+    solver.fit(x.flatten(1).cpu().numpy())
+    return Pca(torch.from_numpy(solver.mean_).to(x), torch.from_numpy(solver.components_).to(x))
 
 
 def image_errors(reconstructions: Tensor, x: Tensor) -> Tensor:
@@ -139,15 +131,6 @@ def image_errors(reconstructions: Tensor, x: Tensor) -> Tensor:
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error, pixels in [0, 1]."""
     return -10 * math.log10(max(mse, 1e-12))
-
-
-def summarise(errors: dict[str, dict[str, Tensor]]) -> dict:
-    """MSE over all images, pixels and channels and its PSNR, from each image's error (N,)."""
-    numbers = {}
-    for row, columns in errors.items():
-        mse = {name: float(values.mean()) for name, values in columns.items()}
-        numbers[row] = {n: {"mse": value, "psnr": psnr(value)} for n, value in mse.items()}
-    return numbers
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -196,49 +179,74 @@ def one_cycle(step: int, *, total: int, warm_up: float) -> float:
     return min((step + 1) / max(rising, 1), max(total - step, 0) / (total - rising))
 
 
-# --- comparison of starts ---------------------------------------------------------------------
+# --- codes ------------------------------------------------------------------------------------
 
 
-def compare_starts(rows: dict[str, list[list[dict]]]) -> dict:
-    """Mean and standard deviation over the seeds at each epoch, and the paired first-epoch gain."""
-    numbers = {}
-    for start, seeds in rows.items():
-        numbers[start] = {}
-        for name in ("train_loss", "val_loss", "val_accuracy"):
-            by_epoch = [[row[name] for row in epoch] for epoch in zip(*seeds, strict=True)]
-            numbers[start][name] = {
-                "mean": [mean(values) for values in by_epoch],
-                "sd": [spread(values) for values in by_epoch],
-            }
-        if start != "random":
-            pairs = zip(seeds, rows["random"], strict=True)
-            gains = [one[0]["val_accuracy"] - other[0]["val_accuracy"] for one, other in pairs]
-            numbers[start]["first_epoch_gain"] = gain_of(gains)
-    numbers["epochs_to_catch_up"] = catch_up(rows, "epoch")
-    return numbers
-
-
-def gain_of(gains: list[float]) -> dict:
-    """Mean and standard error of paired differences, one for each seed."""
-    return {"mean": mean(gains), "standard_error": spread(gains) / math.sqrt(len(gains))}
-
-
-def spread(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def catch_up(rows: dict[str, list[list[dict]]], unit: str) -> dict[str, list[float | None]]:
-    """What the random start of each seed needs to reach a pretrained start's first epoch.
-
-    `unit` is epoch or seconds, of training alone; None if it never does.
+class CodeNeighbours(NamedTuple):
+    """Known codes (N, K) and their classes (N,): around each place a normal distribution with the
+    mean and the covariance of its nearest codes of one class. Together they are a mixture that is
+    dense where codes are, and has their full covariance there.
     """
-    needed = {start: [] for start in rows if start != "random"}
-    for start, answers in needed.items():
-        for own, random in zip(rows[start], rows["random"], strict=True):
-            aim, spent, answer = own[0]["val_accuracy"], 0.0, None
-            for row in random:
-                spent += row["seconds"]
-                if answer is None and row["val_accuracy"] >= aim:
-                    answer = row["epoch"] if unit == "epoch" else spent
-            answers.append(answer)
-    return needed
+
+    codes: Tensor
+    y: Tensor
+
+    def vary(self, codes: Tensor, y: Tensor, level: float) -> Tensor:
+        """Codes (M, K) of classes y (M,) with noise of `level` standard deviations, at most 1.
+
+        z <- m + sqrt(1 - level^2) (z - m) + level sum_j e_j (z_j - m) / sqrt(J) with the J nearest
+        codes z_j and their mean m: at level 1 nothing is left of z but where it lay.
+        """
+        varied = torch.empty_like(codes)
+        for label in y.unique().tolist():
+            mine = y == label
+            pool, z = self.codes[self.y == label], codes[mine]
+            near = torch.cdist(z, pool).topk(min(NEIGHBOURS, len(pool)), largest=False).indices
+            center = pool[near].mean(1)
+            noise = torch.randn(near.shape).to(codes) / math.sqrt(near.shape[1])
+            spread = torch.einsum("mj,mjk->mk", noise, pool[near] - center[:, None])
+            varied[mine] = center + math.sqrt(1 - level**2) * (z - center) + level * spread
+        return varied
+
+
+def nearest_image(x: Tensor, others: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+    """Root mean square difference (N,) of each x to the nearest of `others`, and its number (N,).
+
+    Both are images in [0, 1], or uint8.
+    """
+    flat = to_unit(x)
+    best, which = torch.full((len(x),), math.inf).to(flat), torch.zeros(len(x)).long().to(x.device)
+    for first in range(0, len(others), chunk):
+        squares = torch.cdist(flat, to_unit(others[first : first + chunk])).square()
+        found, place = (squares / flat.shape[1]).min(1)
+        which = torch.where(found < best, first + place, which)
+        best = torch.minimum(found, best)
+    return best.sqrt(), which
+
+
+def to_unit(x: Tensor) -> Tensor:
+    return x.flatten(1).float() / (255 if x.dtype == torch.uint8 else 1)
+
+
+def path_between(codes: Tensor, ends: Tensor, count: int) -> Tensor:
+    """`count` codes from one to the other of two codes (2, K), where `codes` (N, K) are dense.
+
+    The shortest path over hops between neighbours, each as long as its squared distance: many short
+    hops are less than a long one.
+    """
+    from scipy.sparse.csgraph import dijkstra
+    from sklearn.neighbors import kneighbors_graph
+
+    points = torch.cat((ends, codes)).double().cpu()
+    graph = kneighbors_graph(points.numpy(), min(NEIGHBOURS, len(points) - 1), mode="distance")
+    _, before = dijkstra(graph.power(2), directed=False, indices=0, return_predecessors=True)
+    stops = [1]
+    while stops[-1] > 0:
+        stops.append(int(before[stops[-1]]))
+    stops = [0, *stops[-2::-1]] if stops[-1] == 0 else [0, 1]  # no way: a straight line
+    line = points[stops]
+    length = torch.cat((torch.zeros(1), line.diff(dim=0).norm(dim=1).cumsum(0)))
+    wanted = torch.linspace(0, float(length[-1]), count, dtype=torch.double)
+    after = torch.searchsorted(length, wanted).clamp(1, len(line) - 1)
+    share = (wanted - length[after - 1]) / (length[after] - length[after - 1]).clamp(min=1e-12)
+    return torch.lerp(line[after - 1], line[after], share[:, None]).to(codes)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor
 
@@ -16,22 +16,29 @@ TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab
 
 
 def plot_curves(
-    history: dict[str, list[dict]], numbers: dict, names: dict[str, str], path: Path
+    history: dict[str, list[dict]],
+    pca: dict[str, float],
+    numbers: dict,
+    names: dict[str, str],
+    path: Path,
 ) -> None:
-    """Training and validation MSE of both autoencoders over their epochs, beside PCA."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axes, (name, rows) in zip(panels, history.items(), strict=True):
+    """MSE of each set's autoencoder over its epochs, and PCA's on the validation images."""
+    size = (1 + 4 * len(history), 3.6)
+    figure, panels = plt.subplots(
+        1, len(history), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, (name, rows) in zip(panels[0], history.items(), strict=True):
         epochs = [row["epoch"] for row in rows]
         for key, color, label in (
             ("train_loss", TRAIN, "train"),
             ("val_loss", VALIDATION, "validation"),
         ):
             axes.plot(epochs, [row[key] for row in rows], ".-", color=color, label=label)
-        own, pca = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
-        axes.axhline(pca, color=BASELINE, linestyle="--", label="PCA, test")
+        axes.axhline(pca[name], color=BASELINE, linestyle="--", label="PCA, validation")
         axes.set(yscale="log", xlabel="epoch", ylabel="MSE, pixels in [0, 1]")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {pca:.5f}")
+        own, other = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
+        axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {other:.5f}")
         axes.legend()
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)
@@ -70,51 +77,65 @@ def plot_cross(numbers: dict, names: dict[str, str], code_size: int, path: Path)
 def plot_reconstructions(
     shown: dict[str, dict[str, Tensor]], numbers: dict, names: dict[str, str], path: Path
 ) -> None:
-    """By set: originals (12, 3, 32, 32), the best, median and worst four, and reconstructions."""
-    figure = plt.figure(figsize=(7, 5.6), layout="constrained")
+    """By set: originals (N, 3, 32, 32), of twelve the best, median and worst four, and what each
+    method makes of them.
+    """
+    figure = plt.figure(figsize=(7, 0.6 + 2.5 * len(shown)), layout="constrained")
     both = " and ".join(names.values())
     figure.suptitle(f"{both}: test images by error of the set's own autoencoder")
-    for part, (name, rows) in zip(figure.subfigures(2, 1), shown.items(), strict=True):
-        panels = part.subplots(len(rows), 1)
+    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, (name, rows) in zip(parts, shown.items(), strict=True):
+        panels = part.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axes, (row, x) in zip(panels, rows.items(), strict=True):
-            label = "original"
-            if row != "original":
-                kind, _, of = row.rpartition("_of_" if "_of_" in row else "_on_")
-                kind = "PCA" if kind == "pca" else "autoencoder"
-                label = f"{kind} of {names[of]}\nMSE {numbers[row][name]['mse']:.5f}"
-            show_line(axes, x, label, gaps=(4, 8))
-        for place, text in enumerate(("best", "median", "worst")):
-            title = f"{names[name]}: {text}"
-            panels[0].text(
-                (2 * place + 1) / 6,
-                1.12,
-                title,
-                ha="center",
-                fontsize=10,
-                transform=panels[0].transAxes,
-            )
+            show_line(axes, x, method_label(row, name, numbers, names), gaps=(4, 8))
+        if len(rows["original"]) == 12:
+            options = {"ha": "center", "fontsize": 10, "transform": panels[0].transAxes}
+            for place, text in enumerate(("best", "median", "worst")):
+                panels[0].text((2 * place + 1) / 6, 1.12, f"{names[name]}: {text}", **options)
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
-def best_median_worst(errors: Tensor) -> Tensor:
-    """Numbers (12,) of the images with the four least, middle and largest errors (N,)."""
-    ranked, middle = errors.argsort(), len(errors) // 2
-    return torch.cat((ranked[:4], ranked[middle - 2 : middle + 2], ranked[-4:]))
+def method_label(row: str, name: str, numbers: dict, names: dict[str, str]) -> str:
+    if row == "original":
+        return row
+    kind, _, of = row.rpartition("_of_" if "_of_" in row else "_on_")
+    kind = "PCA" if kind == "pca" else "autoencoder"
+    return f"{kind} of {names[of]}\nMSE {numbers[row][name]['mse']:.5f}"
 
 
-def plot_generated(
-    clean: Tensor, generated: dict[float, Tensor], numbers: dict, dataset: str, path: Path
+def plot_noise(
+    clean: Tensor,
+    generated: dict[str, dict[float, Tensor]],
+    numbers: dict,
+    dataset: str,
+    path: Path,
 ) -> None:
-    """Test images (N, 3, H, W) and below them those generated from each, by noise level."""
-    accuracy = numbers["judge_accuracy_on_clean_images"]
-    lines = {f"test images\naccuracy {accuracy:.1%}": clean}
-    for level, x in generated.items():
-        own = numbers["by_noise_level"][f"{level:g}"]
-        label = f"noise {level:g} sd\nMSE {own['mse_to_clean']:.4f}"
-        lines[f"{label}\naccuracy {own['judge_accuracy']:.1%}"] = x
+    """Test images (N, 3, H, W) and those decoded from their codes with noise, by kind and level."""
+    lines = {new_label("test images", numbers["test_images"]): clean}
+    for kind, levels in generated.items():
+        for level, x in levels.items():
+            if level > 0:
+                label = f"{kind} noise, {level:g} sd"
+                lines[new_label(label, numbers[kind][f"{level:g}"])] = x
     title = f"{dataset}: test images' codes with noise, decoded; accuracy of an outside classifier"
-    plot_pictures(lines, title, path)
+    plot_lines(lines, title, path)
+
+
+def new_label(text: str, numbers: dict) -> str:
+    accuracy = numbers.get("judge_accuracy")
+    return text if accuracy is None else f"{text}\naccuracy {accuracy:.1%}"
+
+
+def plot_new(new: Tensor, copies: Tensor, numbers: dict, dataset: str, path: Path) -> None:
+    """New images (N, 3, H, W) and the training image that is nearest to each."""
+    own, test = numbers["local"]["1"], numbers["test_images"]
+    lines = {new_label("new images", own): new, "nearest\ntraining image": copies}
+    title = f"{dataset}: 1 sd of local noise on test images' codes; root mean square to the\n"
+    far = (
+        f"nearest training image {own['to_nearest']:.3f} (of test images {test['to_nearest']:.3f})"
+    )
+    plot_lines(lines, f"{title}{far}, pixels in [0, 1]", path)
 
 
 def show_line(axes: plt.Axes, x: Tensor, label: str, gaps: tuple[int, ...] = ()) -> None:
@@ -132,12 +153,11 @@ def show_line(axes: plt.Axes, x: Tensor, label: str, gaps: tuple[int, ...] = ())
     axes.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
 
 
-def plot_pictures(lines: dict[str, Tensor], title: str, path: Path) -> None:
+def plot_lines(lines: dict[str, Tensor], title: str, path: Path) -> None:
     """A labelled line of images (N, 3, H, W) for each entry."""
-    figure, panels = plt.subplots(
-        len(lines), 1, figsize=(7, 0.55 * len(lines) + 0.5), layout="constrained"
-    )
-    for axes, (label, x) in zip(panels, lines.items(), strict=True):
+    size = (7, 0.6 * len(lines) + 0.5 + 0.2 * title.count("\n"))
+    figure, panels = plt.subplots(len(lines), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, (label, x) in zip(panels[:, 0], lines.items(), strict=True):
         show_line(axes, x, label)
     figure.suptitle(title)
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
@@ -145,39 +165,57 @@ def plot_pictures(lines: dict[str, Tensor], title: str, path: Path) -> None:
 
 
 def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
-    """Validation loss and accuracy per epoch by fraction of labels and start, sd as a band."""
+    """Validation accuracy per epoch by number of labels and start of the encoder, sd as a band."""
     styles = {
         "random": ("random encoder", BASELINE, "-"),
-        "frozen": ("pretrained, frozen", METHOD, "--"),
-        "fine_tuned": ("pretrained, fine-tuned", METHOD, "-"),
+        "plain": ("encoder of the autoencoder", METHOD, "-"),
+        "masked": ("encoder of one that fills in patches", METHOD, "--"),
     }
-    figure, grid = plt.subplots(
-        2, len(numbers), sharex="col", squeeze=False, figsize=(8, 5), layout="constrained"
+    size = (max(8, 1 + 2.3 * len(numbers)), 3.4)
+    figure, panels = plt.subplots(
+        1, len(numbers), squeeze=False, figsize=size, layout="constrained"
     )
-    for column, (fraction, own) in enumerate(numbers.items()):
+    for axes, (count, own) in zip(panels[0], numbers.items(), strict=True):
         for start, (label, color, line) in styles.items():
-            for axes, key, factor in (
-                (grid[0, column], "val_loss", 1),
-                (grid[1, column], "val_accuracy", 100),
-            ):
-                average, sd = (factor * np.array(own[start][key][part]) for part in ("mean", "sd"))
-                epochs = np.arange(1, len(average) + 1)
-                axes.plot(epochs, average, line, color=color, marker=".", label=label)
-                axes.fill_between(
-                    epochs, average - sd, average + sd, color=color, alpha=0.2, linewidth=0
-                )
-        grid[0, column].set_title(f"{float(fraction):.0%}: {own['labels']:,} labels")
-        grid[1, column].set_xlabel("epoch")
-        grid[1, column].xaxis.get_major_locator().set_params(integer=True)
-    grid[0, 0].set_ylabel("validation loss (nats)")
-    grid[1, 0].set_ylabel("validation accuracy (%)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+            curve = own[start]["val_accuracy"]
+            average, sd = (100 * np.array(curve[part]) for part in ("mean", "sd"))
+            epochs = np.arange(1, len(average) + 1)
+            axes.plot(epochs, average, line, color=color, marker=".", label=label)
+            axes.fill_between(
+                epochs, average - sd, average + sd, color=color, alpha=0.2, linewidth=0
+            )
+        axes.set_title(f"{int(count):,} labels")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0, 0].set_ylabel("validation accuracy (%)")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    last = list(numbers.values())[-1]
-    first = [100 * last[s]["val_accuracy"]["mean"][0] for s in ("fine_tuned", "random")]
-    title = (
-        "{}, mean and sd over seeds: {:.1f}% pretrained, {:.1f}% random after one epoch, all labels"
-    )
-    figure.suptitle(title.format(dataset, *first))
+    figure.suptitle(f"{dataset}: classifiers by start, all weights learn; mean and sd over seeds")
+    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
+    plt.close(figure)
+
+
+def plot_probes(numbers: dict, dataset: str, path: Path) -> None:
+    """Test accuracy of two simple classifiers on codes, by encoder and number of labels."""
+    names = {
+        "pixels": ("pixels", BASELINE, "-"),
+        "pca": ("PCA", BASELINE, "--"),
+        "untrained": ("untrained encoder", BASELINE, ":"),
+        "plain": ("autoencoder", METHOD, "-"),
+        "masked": ("autoencoder, hidden patches", METHOD, "--"),
+        "of_y": ("autoencoder of the other set", METHOD, ":"),
+    }
+    kinds = {"linear": "logistic regression", "neighbours": "nearest neighbours"}
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 3.8), layout="constrained")
+    for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
+        for name, (label, color, line) in names.items():
+            counts = [int(count) for count in numbers[name]]
+            scores = [100 * own[kind]["mean"] for own in numbers[name].values()]
+            axes.plot(counts, scores, line, color=color, marker=".", label=label)
+        axes.set(xscale="log", xlabel="labels", title=title)
+    panels[0].set_ylabel("test accuracy (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(f"{dataset}: classifiers on codes that stay as they are, mean over seeds")
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     plt.close(figure)

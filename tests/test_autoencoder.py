@@ -1,37 +1,39 @@
-"""autoencoder: Muon, one kind of MSE, PCA of training images, safe encoders, a killed run."""
+"""autoencoder: Muon, one kind of MSE, PCA, new codes, and an experiment whose wires are pulled."""
 
+import copy
 import json
-import subprocess
-import sys
-import time
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from projects import call, load_project, tiny_run, train_until
 from sklearn.decomposition import PCA
 
 from autoencoder import data
 from autoencoder.model import (
     Autoencoder,
-    Classifier,
+    CodeNeighbours,
     Muon,
-    Pca,
-    catch_up,
-    compare_starts,
+    fit_pca,
+    hide,
     image_errors,
+    nearest_image,
     one_cycle,
     orthogonalise,
+    path_between,
     psnr,
 )
 
-TRAIN = Path(__file__).parent.parent / "autoencoder" / "train.py"
 TINY = [
-    "--dataset", "digits_photographs", "--device", "cpu", "--bundled_images", "100",
-    "--widths", "4,8", "--code_size", "8", "--epochs_x", "2", "--epochs_y", "1",
-    "--batch_size", "32", "--fractions", "0.2,1", "--classifier_epochs", "2,1",
-    "--seeds", "0,1", "--noise_levels", "0,1", "--added_copies", "1", "--added_epochs", "1",
+    "--dataset", "digits_photographs", "--device", "cpu", "--precision", "float32",
+    "--bundled_images", "100", "--widths", "4,8", "--code_size", "8", "--epochs_x", "2",
+    "--epochs_y", "1", "--batch_size", "32", "--masked_epochs", "1", "--label_counts", "20,100",
+    "--classifier_epochs", "2,1", "--seeds", "0", "--noise_levels", "0",
+    "--judge_epochs", "1",    "--added_labels", "10", "--added_copies", "1", "--added_epochs", "1",
 ]  # fmt: skip
 
 
@@ -117,46 +119,65 @@ def test_pca_is_scikit_learns_and_perfect_on_its_own_subspace():
     scales = 0.8 ** np.arange(50)[:, None]  # of the components, as in pictures: they fall off
     x = (rng.standard_normal((60, 50)) @ (scales * rng.standard_normal((50, 3072)))) / 10
     x = torch.from_numpy(x).view(60, 3, 32, 32)
-    ours = Pca(x, 12)(x).flatten(1).numpy()
+    ours = fit_pca(x, 12)(x).flatten(1).numpy()
     exact = PCA(12, svd_solver="full").fit(x.flatten(1).numpy())
     flat = x.flatten(1).numpy()
     best = ((exact.inverse_transform(exact.transform(flat)) - flat) ** 2).mean()
     assert ((ours - flat) ** 2).mean() == pytest.approx(best, rel=1e-3)
     low = torch.from_numpy(rng.random((60, 4)) @ rng.random((4, 3072))).view(60, 3, 32, 32)
-    torch.testing.assert_close(Pca(low, 6)(low), low)
+    torch.testing.assert_close(fit_pca(low, 6)(low), low)
 
 
-# --- classifier -------------------------------------------------------------------------------
+def test_hidden_patches_are_the_mean_image_and_the_share_is_theirs():
+    torch.manual_seed(0)
+    x, mean = torch.ones(200, 3, 32, 32), torch.full((3, 32, 32), 0.5)
+    hidden = hide(x, mean, 0.25)
+    patches = hidden[:, 0].unfold(1, 4, 4).unfold(2, 4, 4)
+    assert set(hidden.unique().tolist()) == {0.5, 1.0}
+    assert torch.equal(patches.amin((3, 4)), patches.amax((3, 4)))
+    assert hidden.eq(0.5).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
 
 
-def test_features_of_the_labelled_images_are_standardised():
-    model = small_autoencoder()
-    with torch.no_grad():
-        model.encoder.code.weight.mul_(1000)
-    classifier = Classifier(model.encoder, 10)
-    x = torch.rand(50, 3, 32, 32)
-    assert classifier.features(x).abs().max() > 10
-    classifier.standardise(model.encoder(x).detach())
-    features = classifier.features(x)
-    assert features.mean(0).abs().max() < 1e-3
-    assert (features.std(0, correction=0) - 1).abs().max() < 1e-3
+# --- codes ------------------------------------------------------------------------------------
 
 
-def rows_of(*accuracies: float) -> list[dict]:
-    common = {"seconds": 2.0, "train_loss": 1.0, "val_loss": 1.0}
-    return [common | {"epoch": n, "val_accuracy": a} for n, a in enumerate(accuracies, 1)]
+def test_local_noise_has_the_mean_and_covariance_of_the_nearest_codes_of_the_class():
+    torch.manual_seed(0)
+    near, far = torch.randn(10, 3, dtype=torch.double), 100 + torch.randn(10, 3).double()
+    other = torch.randn(40, 3, dtype=torch.double)  # as near, but of another class
+    known = CodeNeighbours(torch.cat((near, far, other)), torch.tensor([0] * 20 + [1] * 40))
+    z, y = torch.full((40000, 3), 0.5, dtype=torch.double), torch.zeros(40000).long()
+    for level in (0.6, 1.0):
+        varied = known.vary(z, y, level)
+        center = near.mean(0)
+        wanted = center + math.sqrt(1 - level**2) * (0.5 - center)
+        torch.testing.assert_close(varied.mean(0), wanted, atol=0.03, rtol=0)
+        covariance = level**2 * torch.from_numpy(np.cov(near.T.numpy(), bias=True))
+        torch.testing.assert_close(torch.cov(varied.T), covariance, atol=0.05, rtol=0.05)
+    assert torch.equal(known.vary(z, y, 0.0), known.vary(z, y, 0.0))
+    torch.testing.assert_close(known.vary(z, y, 0.0), z)
 
 
-def test_catching_up_and_first_epoch_gains_are_paired_by_seed():
-    rows = {
-        "random": [rows_of(0.2, 0.4, 0.6), rows_of(0.3, 0.4, 0.5)],
-        "fine_tuned": [rows_of(0.4, 0.9, 0.9), rows_of(0.7, 0.9, 0.9)],
-    }
-    assert catch_up(rows, "epoch") == {"fine_tuned": [2, None]}
-    assert catch_up(rows, "seconds") == {"fine_tuned": [4.0, None]}
-    gain = compare_starts(rows)["fine_tuned"]["first_epoch_gain"]
-    assert gain["mean"] == pytest.approx(0.3)
-    assert gain["standard_error"] == pytest.approx(0.1)
+def test_a_nearest_image_is_found_and_its_distance_is_a_root_mean_square():
+    torch.manual_seed(0)
+    others = torch.randint(0, 200, (30, 3, 32, 32), dtype=torch.uint8)
+    far, which = nearest_image(others[[7, 22]] + 51, others, chunk=4)
+    assert which.tolist() == [7, 22]
+    torch.testing.assert_close(far, torch.tensor([0.2, 0.2]), atol=1e-3, rtol=0)
+    assert nearest_image(others[:2], others)[0].max() < 2e-3
+
+
+def test_a_path_keeps_to_where_codes_are_dense():
+    angle = torch.linspace(0, math.pi, 60)
+    arc = torch.stack((angle.cos(), angle.sin()), 1)
+    between = path_between(arc[1:-1], arc[[0, -1]], 9)
+    torch.testing.assert_close(between[[0, -1]], arc[[0, -1]])
+    torch.testing.assert_close(between.norm(dim=1), torch.ones(9), atol=0.01, rtol=0)
+    hops = between.diff(dim=0).norm(dim=1)
+    assert hops.max() < 1.05 * hops.min()
+    apart = path_between(torch.zeros(20, 2) + arc[:20] * 1e-3, torch.tensor([[9.0, 9], [5, 5]]), 3)
+    torch.testing.assert_close(apart[[0, 2]], torch.tensor([[9.0, 9], [5, 5]]))
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -164,54 +185,67 @@ def test_catching_up_and_first_epoch_gains_are_paired_by_seed():
 
 def test_no_test_pixel_of_the_bundled_pair_is_trained_on(monkeypatch):
     inks, strips = [], []
-    draw, cut = data.draw_digits, data.cut_crops
+    render, cut = data.render_digits, data.cut_crops
     monkeypatch.setattr(
-        data, "draw_digits", lambda source, _, g: inks.append(source.x) or draw(source, 40, g)
+        data, "render_digits", lambda source, _, g: inks.append(source.x) or render(source, 40, g)
     )
     monkeypatch.setattr(
         data, "cut_crops", lambda photos, _, g: strips.append(photos) or cut(photos, 40, g)
     )
-    pair = data.load_bundled(40, 0)
+    x, y = data.load_digits(40, 0), data.load_photographs(40, 0)
     digits = [{image.numpy().tobytes() for image in part} for part in inks]
     columns = [{column.numpy().tobytes() for column in part.unbind(3)} for part in strips]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not digits[one] & digits[other] and not columns[one] & columns[other]
     assert sum(map(len, columns)) == 640 and len(digits[0]) > 1000
-    assert (pair.x.mirror, pair.y.mirror) == (False, True)
+    assert (x.mirror, y.mirror) == (False, True)
+    assert not torch.equal(x.val.x, x.test.x)
 
 
-def test_drawn_digits_have_more_than_the_rank_of_their_64_pixels():
-    x = data.load_bundled(200, 0).x.train.x
-    assert x.dtype == torch.uint8 and x.shape == (200, 3, 32, 32)
+def test_rendered_digits_have_more_than_the_rank_of_their_64_pixels():
+    generator = torch.Generator().manual_seed(0)
+    source = data.Images(torch.rand(300, 8, 8), torch.arange(300))
+    x, y = data.render_digits(source, 200, generator)
+    assert x.dtype == torch.uint8 and x.shape == (200, 3, 32, 32) and len(set(y.tolist())) > 100
     assert torch.linalg.matrix_rank(x[:, 0].flatten(1).double()) > 180
 
 
-def test_every_image_comes_once_and_only_what_may_be_is_mirrored():
+def test_flat_crops_are_rare():
+    photo = torch.zeros(1, 3, 64, 400, dtype=torch.uint8)
+    photo[..., 200:] = torch.randint(0, 255, (3, 64, 200), dtype=torch.uint8)  # the right half
+    x = data.cut_crops(photo, 200, torch.Generator().manual_seed(0)).x
+    flat = x.flatten(1).eq(0).all(1).float().mean()
+    assert 0.01 < flat < 0.15  # of three crops all: a half each, to the third power
+
+
+def test_every_image_comes_once_and_only_what_may_be_is_mirrored_or_moved():
     ramp = torch.arange(32, dtype=torch.uint8).expand(64, 3, 32, 32).contiguous()
     images = data.Images(ramp, torch.arange(64))
     torch.manual_seed(0)
     for mirror in (False, True):
-        drawn = list(data.shuffled(images, 10, mirror))
+        drawn = list(data.shuffled_batches(images, 10, mirror=mirror))
         x = torch.cat([part for part, _ in drawn])
-        assert sorted(torch.cat([y for _, y in drawn]).tolist()) == list(range(64))
+        order = torch.cat([y for _, y in drawn]).tolist()
+        assert sorted(order) == list(range(64)) != order
         assert x[:, 0, 0, 31].gt(0).all().item() is not mirror
     assert x.max() == pytest.approx(31 / 255)
+    torch.manual_seed(0)
+    moved = data.move(ramp, 2)
+    assert set((moved[:, 0, 5, 10].int() - 10).tolist()) == {-2, -1, 0, 1, 2}
+    assert moved[:, 0, 5, 0].max() == 2 and moved[:, 0, 5, 31].max() == 31  # the border repeated
+    tall = data.move(ramp.transpose(2, 3).contiguous(), 2)
+    assert set((tall[:, 0, 10, 5].int() - 10).tolist()) == {-2, -1, 0, 1, 2}
 
 
-def test_a_larger_fraction_holds_the_labels_of_a_smaller_one():
-    images = data.Images(torch.zeros(100, 1), torch.arange(100))
-    few, more = (data.choose(images, fraction, 3).y.tolist() for fraction in (0.1, 0.5))
-    assert len(few) == 10 and set(few) < set(more)
-    assert data.choose(images, 0.1, 4).y.tolist() != few
-
-
-def test_without_a_network_the_bundled_pair_stands_in_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "reachable", lambda url: False)
-    options = {"data_dir": tmp_path, "folder_dir": tmp_path, "bundled_images": 20, "seed": 0}
-    pair = data.load(dataset="auto", **options)
-    assert (pair.x.name, pair.y.name) == ("digits", "photographs") and "stand in" in pair.note
-    with pytest.raises(data.DataError, match=r"MNIST is not in .* does not answer"):
-        data.load(dataset="mnist_cifar100", **options)
+def test_labels_are_spread_over_the_classes_and_more_hold_those_of_fewer():
+    images = data.Images(torch.arange(100)[:, None], torch.arange(100) % 4)
+    few, more = (data.choose_labelled(images, count, 3) for count in (10, 50))
+    assert sorted(torch.bincount(few.y).tolist()) == [2, 2, 3, 3]
+    assert set(few.x[:, 0].tolist()) < set(more.x[:, 0].tolist())
+    assert torch.equal(few.x[:, 0] % 4, few.y)
+    assert set(data.choose_labelled(images, 10, 4).x[:, 0].tolist()) != set(few.x[:, 0].tolist())
+    skewed = data.Images(torch.zeros(100, 1), torch.arange(100).clamp(max=3))
+    assert len(data.choose_labelled(skewed, 30, 0).x) == 30
 
 
 def write_folder(folder: Path) -> Path:
@@ -228,102 +262,643 @@ def write_folder(folder: Path) -> Path:
 def test_a_broken_image_is_left_out_and_counted_and_a_lone_class_refused(tmp_path):
     folder = write_folder(tmp_path / "mine")
     (folder / "train" / "cat" / "3.png").write_bytes(b"no image")
-    images, note = data.load_folder(folder, 0)
-    assert "1 unreadable files left out" in note and "3.png" in note
-    assert len(images.train.x) + len(images.val.x) == 49
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "test" / "cat" / ".DS_Store").write_bytes(b"")
+    images, bad = data.load_folder(folder, 0)
+    assert len(bad) == 1 and "3.png" in bad[0]
+    assert (len(images.train.x), len(images.val.x), len(images.test.x)) == (47, 2, 50)
+    assert images.classes == ("cat", "dog")
     (folder / "test" / "dog").rename(folder / "test" / "bird")
     with pytest.raises(data.DataError, match="class 'bird' is not in both"):
         data.load_folder(folder, 0)
+    for number in range(11):
+        (folder / "test" / "cat" / f"{number}.png").unlink()
+    with pytest.raises(data.DataError, match="at least 40 readable pictures, found 39"):
+        data.load_folder(folder, 0)
 
 
-# --- whole runs -------------------------------------------------------------------------------
+def test_a_picture_is_squeezed_whole_and_keeps_its_class(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    wide = np.zeros((16, 64, 3), dtype=np.uint8)
+    wide[:, 32:] = 255
+    Image.fromarray(wide).save(folder / "test" / "dog" / "0.png")
+    _, images = data.read_images(folder / "test", folder, [])
+    x = images.x[25]
+    assert images.y.tolist() == [0] * 25 + [1] * 25
+    assert x[:, :, :14].max() == 0 and x[:, :, 18:].min() == 255
 
 
-def start(*flags: str, cwd: Path) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, str(TRAIN), *flags], cwd=cwd, text=True, **pipes)
+# --- the experiment: a small pair, trained in a second ----------------------------------------
+
+SMALL = [
+    *TINY, "--bias_lr", "1e-2", "--label_counts", "20", "--classifier_epochs", "2",
+    "--noise_levels", "0", "--seeds", "0",
+]  # fmt: skip
+train_py = load_project("autoencoder").train
 
 
-def finish(process: subprocess.Popen, cwd: Path) -> tuple[Path, dict]:
-    """Folder and metrics.json of a run that has to succeed, but for its timing."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    folder = cwd / output.splitlines()[-1]
-    report = json.loads((folder / "metrics.json").read_text())
-    del report["metrics"]["timing"]
-    return folder, report["metrics"] | {"headline": report["headline"]}
+@pytest.fixture(scope="module")
+def pair() -> data.Pair:
+    """Digits and photographs as train.py gets them, of few images."""
+    train_data = load_project("autoencoder").data
+    x, y = train_data.load_digits(60, 0), train_data.load_photographs(60, 0)
+
+    def first(images, count):
+        return train_data.Images(images.x[:count], images.y[:count])
+
+    small = [s._replace(val=first(s.val, 40), test=first(s.test, 40)) for s in (x, y)]
+    return train_data.Pair(*small, "data: small")
 
 
-def is_newer(path: Path, other: Path) -> bool:
-    """Whether the checkpoint was written after the table: only then is there a state to restore."""
-    return path.exists() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+def experiment(pair: data.Pair, folder: Path, *flags: object) -> dict:
+    """metrics.json, history and weights of a run on `pair`, by part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: pair)
+        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        patch.setattr(train_py, "plot_results", lambda *_: None)
+        output = call(train_py, *SMALL, *flags, "--out_dir", folder)
+    run = Path(output.splitlines()[-1])
+    report = json.loads((run / "metrics.json").read_text())
+    weights = {path.stem: torch.load(path, weights_only=True) for path in run.glob("*.pt")}
+    rows = load_project("autoencoder").run.load_checkpoint(run, "", {})
+    return {"run": run, "weights": weights, "rows": rows, **report["metrics"]} | {
+        "headline": report["headline"]
+    }
 
 
-def kill_in(stage: str, process: subprocess.Popen, out_dir: Path) -> Path:
-    """Kill the run once the first epoch of `stage` has been recorded; its folder."""
-    while process.poll() is None:
-        for table in out_dir.glob("*/history.csv"):
-            if f"\n{stage}" in table.read_text() and is_newer(table.with_name("history.pt"), table):
-                process.kill()
-                process.communicate()
-                return table.parent
-        time.sleep(0.002)
-    raise AssertionError(f"ended before {stage}: {process.stderr.read()}")
+def parts_of(result: dict) -> dict[str, str]:
+    """What may move or not, each as a text to compare."""
 
+    def of(stage: str, *keys: str) -> list:
+        rows = [row for row in result["rows"] if row["stage"].startswith(stage)]
+        return [[row[key] for key in keys] for row in rows]
 
-def load_autoencoder(folder: Path, name: str) -> Autoencoder:
-    model = small_autoencoder()
-    model.load_state_dict(torch.load(folder / f"autoencoder-{name}.pt", weights_only=True))
-    return model
+    def weights(name: str) -> list:
+        return [(key, value.tolist()) for key, value in result["weights"][name].items()]
 
-
-def test_killed_and_resumed_is_unbroken_and_the_numbers_are_those_of_the_weights(tmp_path):
-    unbroken = start(*TINY, "--out_dir", "unbroken", cwd=tmp_path)
-    process = start(*TINY, "--out_dir", "killed", cwd=tmp_path)
-    for stage in ("autoencoder-x", "fine_tuned-0.2-seed0"):
-        folder = kill_in(stage, process, tmp_path / "killed")
-        assert not (folder / "metrics.json").exists()
-        process = start("--resume", str(folder), cwd=tmp_path)
-    _, metrics = finish(process, tmp_path)
-    folder, expected = finish(unbroken, tmp_path)
-    assert metrics == expected
-
-    # after all classifiers, autoencoder-*.pt are still the autoencoders behind the matrix
-    pair = data.load_bundled(100, 0)
-    for name, images in (("x", pair.x), ("y", pair.y)):
-        model, test = load_autoencoder(folder, name), data.as_float(images.test.x)
-        train = data.as_float(images.train.x)
-        pca = PCA(8, svd_solver="full").fit(train.flatten(1).numpy())
-        flat = test.flatten(1).numpy()
-        own = {
-            f"trained_on_{name}": model(test).detach().flatten(1).numpy(),
-            f"pca_of_{name}": pca.inverse_transform(pca.transform(flat)),
-        }
-        for row, output in own.items():
-            error = ((output.clip(0, 1) - flat) ** 2).mean(dtype=np.float64)
-            assert metrics["reconstruction"][row][name]["mse"] == pytest.approx(error, rel=1e-3)
-        with torch.no_grad():
-            val = data.as_float(images.val.x)
-            error = ((model(val).clamp(0, 1) - val) ** 2).mean().item()
-        table = (folder / "history.csv").read_text().splitlines()
-        losses = [
-            float(line.split(",")[4]) for line in table if line.startswith(f"autoencoder-{name}")
+    mse = result["reconstruction"]
+    arms = ("random", "plain", "masked")
+    study, probes = result["classifier"], result["probes"]
+    parts = {
+        "x weights": weights("autoencoder-x"),
+        "y weights": weights("autoencoder-y"),
+        "masked weights": weights("autoencoder-masked"),
+        "judge weights": weights("judge"),
+        "x val": of("autoencoder-x", "val_loss"),
+        "y val": of("autoencoder-y", "val_loss"),
+        "x on x": mse["trained_on_x"]["x"],
+        "x on y": mse["trained_on_x"]["y"],
+        "y on x": mse["trained_on_y"]["x"],
+        "y on y": mse["trained_on_y"]["y"],
+        "pca x on x": mse["pca_of_x"]["x"],
+        "pca y on y": mse["pca_of_y"]["y"],
+        "added": result["added"],
+        "new images": result["generation"]["local"],
+        "far": [v["to_nearest"] for v in result["generation"]["independent"].values()],
+    }
+    for arm in arms:
+        parts[f"{arm} weights"] = [
+            weights(n) for n in sorted(result["weights"]) if n.startswith(f"{arm}-")
         ]
+        parts[f"{arm} train"] = of(f"{arm}-", "train_loss")
+        parts[f"{arm} val"] = of(f"{arm}-", "val_loss")
+        parts[f"{arm} test"] = [study[count][arm]["test_accuracy"] for count in study]
+    for encoder in probes:
+        parts[f"probe {encoder}"] = probes[encoder]
+    return {name: json.dumps(value) for name, value in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(pair, tmp_path_factory) -> dict:
+    return experiment(pair, tmp_path_factory.mktemp("plain"))
+
+
+# Which part of the data is disturbed: what moves by it. Everything else stays to the last bit.
+INFLUENCE = {
+    "x val": {"x val", "random val", "plain val", "masked val"},
+    "x val labels, y train labels, y test labels": {"random val", "plain val", "masked val"},
+    "y val, y test": {"y val", "x on y", "y on y", "pca y on y"},
+    "x test": {
+        "x on x", "y on x", "pca x on x", "new images", "far", "random test", "plain test",
+        "masked test", "added", "probe pixels", "probe pca", "probe untrained", "probe plain",
+        "probe masked", "probe of_y",
+    },
+    "y train": {"y weights", "y val", "y on x", "y on y", "pca y on y", "probe of_y"},
+    "x train labels": {
+        "random weights", "random train", "random val", "random test", "plain weights",
+        "plain train", "plain val", "plain test", "masked weights", "masked train", "masked val",
+        "masked test", "judge weights", "added", "new images", "probe pixels", "probe pca",
+        "probe untrained", "probe plain", "probe masked", "probe of_y",
+    },
+}  # fmt: skip
+
+
+def disturb(pair: data.Pair, parts: str) -> data.Pair:
+    """Images moved by a pixel, so that the best epoch stays the best, or labels given to others."""
+    for part in parts.split(", "):
+        name, split, *labels = part.split()
+        images = getattr(getattr(pair, name), split)
+        changed = images._replace(y=images.y.roll(1)) if labels else images
+        changed = changed if labels else images._replace(x=images.x.roll(1, 3))
+        pair = pair._replace(**{name: getattr(pair, name)._replace(**{split: changed})})
+    return pair
+
+
+@pytest.mark.parametrize("part", INFLUENCE)
+def test_each_part_of_the_data_moves_what_it_may_and_nothing_else(pair, plain, part, tmp_path):
+    before, after = parts_of(plain), parts_of(experiment(disturb(pair, part), tmp_path))
+    moved = {name for name in before if before[name] != after[name]}
+    may_stay = {name for name in INFLUENCE[part] if name.endswith("test") or "probe" in name}
+    may_stay |= {"added", "new images"}  # accuracies over 40 images may come out alike
+    assert moved <= INFLUENCE[part]
+    assert INFLUENCE[part] - may_stay <= moved
+    if INFLUENCE[part] & may_stay:
+        assert moved & may_stay
+
+
+def test_the_headline_is_computed_again_from_weights_and_data(pair, plain):
+    sets = {"x": pair.x, "y": pair.y}
+    for trained, images in sets.items():
+        model = small_autoencoder()
+        model.load_state_dict(plain["weights"][f"autoencoder-{trained}"])
+        train = images.train.x.double().div(255).flatten(1).numpy()
+        pca = PCA(8, svd_solver="full").fit(train)
+        for name, other in sets.items():
+            test = other.test.x.float() / 255
+            with torch.no_grad():
+                error = (model(test).clamp(0, 1) - test).double().square().mean().item()
+            flat = test.flatten(1).double().numpy()
+            back = pca.inverse_transform(pca.transform(flat)).clip(0, 1)
+            mse = plain["reconstruction"]
+            assert mse[f"trained_on_{trained}"][name]["mse"] == pytest.approx(error, rel=1e-5)
+            wanted = pytest.approx(((back - flat) ** 2).mean(), rel=2e-3)
+            assert mse[f"pca_of_{trained}"][name]["mse"] == wanted
+        val = images.val.x.float() / 255
+        with torch.no_grad():
+            error = (model(val).clamp(0, 1) - val).square().mean().item()
+        losses = [r["val_loss"] for r in plain["rows"] if r["stage"] == f"autoencoder-{trained}"]
         assert min(losses) == pytest.approx(error, rel=1e-4)
-    clean = metrics["generation"]["by_noise_level"]["0"]["mse_to_clean"]
-    assert clean == pytest.approx(metrics["headline"]["mse_x"], rel=1e-2)  # 8 bits
+    mse, few = plain["reconstruction"], plain["classifier"]["20"]
+    wanted = {
+        "mse_x": mse["trained_on_x"]["x"]["mse"],
+        "pca_mse_x": mse["pca_of_x"]["x"]["mse"],
+        "mse_y": mse["trained_on_y"]["y"]["mse"],
+        "pca_mse_y": mse["pca_of_y"]["y"]["mse"],
+        "cross_mse_x_to_y": mse["trained_on_x"]["y"]["mse"],
+        "cross_mse_y_to_x": mse["trained_on_y"]["x"]["mse"],
+        "judge_accuracy": accuracy_of(plain["weights"]["judge"], pair.x.test),
+        "new_image_accuracy": plain["generation"]["local"]["1"]["judge_accuracy"],
+    }
+    for arm in train_py.STARTS:
+        weights = plain["weights"][f"{arm}-20labels-seed0"]
+        wanted[f"{arm}_accuracy"] = accuracy_of(weights, pair.x.test)
+        assert few[arm]["test_accuracy"]["of_seeds"] == [wanted[f"{arm}_accuracy"]]
+    assert plain["headline"] == pytest.approx(wanted)
 
 
-def test_bad_data_ends_a_run_in_one_line(tmp_path):
-    flags = ["--dataset", "mnist_folder", "--folder_dir", "nowhere", "--out_dir", "out"]
-    process = start(*flags, cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert errors.startswith("error: ") and "nowhere" in errors and errors.count("\n") == 1
+def accuracy_of(weights: dict, images: data.Images) -> float:
+    model = train_py.Classifier(small_autoencoder().encoder, 10)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        guess = model(images.x.float() / 255).argmax(1)
+    return (guess == images.y).double().mean().item()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    process = start(*TINY, "--lr", "1e30", "--out_dir", "out", cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert errors.startswith("error: autoencoder-x epoch 1: the loss is not finite at step")
+def test_a_killed_run_ends_like_an_unbroken_one(pair, plain, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: pair)
+        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        train_until("autoencoder", 1, *SMALL, "--out_dir", tmp_path)
+        (folder,) = tmp_path.iterdir()
+        for more in (2, 2, 4):  # in Y's autoencoder, the study, the added images
+            train_until("autoencoder", more, "--resume", folder)
+            assert not (folder / "metrics.json").exists()
+        patch.setattr(train_py, "plot_results", lambda *_: None)
+        call(train_py, "--resume", folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["headline"] == plain["headline"]
+    assert all(metrics["metrics"][name] == plain[name] for name in metrics["metrics"])
+
+
+class Recorder:
+    """Stands for train_classifier: notes what it is given, trains nothing."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __call__(self, model, labelled, val, config, run, **options):
+        self.calls.append((copy.deepcopy(model.state_dict()), labelled, val, options))
+        accuracy = len(self.calls) / 100
+        return [{"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": accuracy}] * options["count"]
+
+
+def settings(**changes: object):
+    module = load_project("autoencoder").run
+    kinds = module.get_type_hints(train_py.Config, include_extras=True)
+    flags = dict(zip([name[2:] for name in TINY[::2]], TINY[1::2], strict=True))
+    return module.read_config(train_py.Config, kinds, None, flags | changes)
+
+
+def some_models(pair: data.Pair, config) -> dict[str, Autoencoder]:
+    models = {name: train_py.new_autoencoder(pair.x, config) for name in ("x", "masked", "y")}
+    for number, model in enumerate(models.values(), 1):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(number)
+    return models
+
+
+def test_arms_differ_in_nothing_but_the_encoder_and_the_rate(pair, tmp_path, monkeypatch):
+    config = settings(
+        random_lr="0.1", plain_lr="0.2", masked_lr="0.3", label_counts="20,50", seeds="0,1"
+    )
+    models, recorder = some_models(pair, config), Recorder()
+    tests = iter(range(100))
+    monkeypatch.setattr(train_py, "train_classifier", recorder)
+    monkeypatch.setattr(
+        train_py, "evaluate_classifier", lambda _, x: {"accuracy": float(next(tests)), "of": x}
+    )
+    numbers = train_py.study(pair.x, models, config, tmp_path)
+    assert len(recorder.calls) == 2 * 2 * 3  # numbers of labels, seeds, arms
+    arms = [recorder.calls[first : first + 3] for first in range(0, 12, 3)]
+    for place, arm in enumerate(arms):
+        count, seed, passes = [(20, 0, 2), (20, 1, 2), (50, 0, 1), (50, 1, 1)][place]
+        wanted = data.choose_labelled(pair.x.train, count, seed)
+        for start, (weights, labelled, val, options) in zip(train_py.STARTS, arm, strict=True):
+            assert torch.equal(labelled.x, wanted.x) and torch.equal(labelled.y, wanted.y)
+            assert val is pair.x.val
+            assert options["lr"] == {"random": 0.1, "plain": 0.2, "masked": 0.3}[start]
+            assert (options["count"], options["seed"]) == (passes, seed)
+            assert options["order"] == arm[0][3]["order"]
+            assert torch.equal(weights["head.weight"], arm[0][0]["head.weight"])
+            source = {"plain": "x", "masked": "masked"}.get(start)
+            own = {n[8:]: w for n, w in weights.items() if n.startswith("encoder.")}
+            if source:
+                kept = models[source].encoder.state_dict()
+                assert all(torch.equal(own[name], kept[name]) for name in kept)
+            assert torch.equal(own["mean"], models["x"].encoder.mean)
+    heads = [arm[0][0]["head.weight"] for arm in arms[:2]]
+    assert not torch.equal(*heads)  # another seed, another head
+    assert len({options["name"] for *_, options in recorder.calls}) == 12
+    assert numbers["20"]["plain"]["test_accuracy"]["of_seeds"] == [1.0, 4.0]
+    assert numbers["50"]["masked"]["test_accuracy"]["of_seeds"] == [8.0, 11.0]
+    assert numbers["20"]["masked"]["val_accuracy"]["mean"] == pytest.approx([0.045, 0.045])
+    assert numbers["20"]["masked"]["test_accuracy"]["sd"] == pytest.approx(3 / math.sqrt(2))
+
+
+def test_added_images_are_as_many_steps_and_the_gain_has_its_sign(pair, tmp_path, monkeypatch):
+    config = settings(added_labels="10", added_copies="3", seeds="0,1", added_noise="0")
+    recorder, tests = Recorder(), iter([0.2, 0.5, 0.3, 0.8])
+    monkeypatch.setattr(train_py, "train_classifier", recorder)
+    monkeypatch.setattr(train_py, "evaluate_classifier", lambda *_: {"accuracy": next(tests)})
+    autoencoder = some_models(pair, config)["x"]
+    numbers = train_py.add_generated(pair.x, autoencoder, config, tmp_path)["10"]
+    assert numbers["without"]["of_seeds"] == [0.2, 0.3] and numbers["with"]["of_seeds"] == [
+        0.5,
+        0.8,
+    ]
+    assert numbers["gain"]["mean"] == pytest.approx(0.4)
+    assert numbers["gain"]["standard_error"] == pytest.approx(0.1)
+    for (one, less, _, options), (other, more, _, others) in zip(
+        recorder.calls[::2], recorder.calls[1::2], strict=True
+    ):
+        assert len(less.x) == len(more.x) == 40 and torch.equal(less.y, more.y)
+        assert {image.numpy().tobytes() for image in less.x} == {
+            image.numpy().tobytes() for image in more.x[:10]
+        }
+        decoded = autoencoder(more.x[:10].float() / 255).clamp(0, 1).mul(255).round().byte()
+        assert torch.equal(more.x[10:20], decoded) and torch.equal(more.x[10:20], more.x[30:])
+        assert options["order"] == others["order"] and options["seed"] == others["seed"]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_new_images_at_no_noise_are_reconstructions_and_judged_with_their_classes(pair, plain):
+    for kind in ("local", "independent"):
+        level = plain["generation"][kind]["0"]
+        assert level["mse_to_clean"] == pytest.approx(
+            plain["headline"]["mse_x"], rel=0.02
+        )  # 8 bits
+    far, _ = nearest_image(pair.x.test.x, pair.x.train.x)
+    test = plain["generation"]["test_images"]
+    assert test["to_nearest"] == pytest.approx(far.median().item())
+    assert test["judge_accuracy"] == plain["headline"]["judge_accuracy"]
+    assert test["mse_to_clean"] == 0
+    noisy = plain["generation"]["independent"]["1"]["mse_to_clean"]
+    assert noisy > plain["generation"]["independent"]["0"]["mse_to_clean"]
+
+
+def test_independent_noise_has_each_numbers_deviation(pair, monkeypatch):
+    config, seen = settings(noise_levels="0.5"), []
+    monkeypatch.setattr(train_py, "decode_bytes", lambda model, codes: seen.append(codes) or
+                        torch.zeros(len(codes), 3, 32, 32, dtype=torch.uint8))  # fmt: skip
+    model = small_autoencoder()
+    test = data.Images(pair.x.test.x.repeat(40, 1, 1, 1), pair.x.test.y.repeat(40))
+    train_py.generate(pair.x._replace(test=test), model, None, config)
+    codes = train_py.codes_of(model, test)
+    sd = train_py.codes_of(model, pair.x.train).std(0)
+    torch.testing.assert_close(
+        (seen[1] - codes).std(0) / sd, torch.full((8,), 0.5), rtol=0.1, atol=0
+    )
+    torch.testing.assert_close((seen[3] - codes).std(0) / sd, torch.ones(8), rtol=0.1, atol=0)
+
+
+def test_probes_compare_the_encoders_that_they_are_named_after(pair, monkeypatch):
+    config = settings(label_counts="20,60", seeds="0,1")
+    models, seen = some_models(pair, config), []
+    pca = fit_pca(pair.x.train.x.float() / 255, 8)
+    monkeypatch.setattr(
+        train_py, "probe", lambda train, test: seen.append((train, test)) or {"linear": 0.5}
+    )
+    numbers = train_py.probe_all(pair.x, models, pca, config)
+    names = ["pixels", "pca", "untrained", "plain", "masked", "of_y"]
+    assert list(numbers) == names and len(seen) == 6 * 3  # two seeds of 20 labels, once all
+    x = pair.x.test.x.float() / 255
+    wanted = [
+        x.mean(1).flatten(1),
+        pca.encode(x),
+        train_py.new_autoencoder(pair.x, config).encoder(x),
+    ]
+    wanted += [models[name].encoder(x) for name in ("x", "masked", "y")]
+    for place, codes in enumerate(wanted):
+        train, test = seen[3 * place]
+        torch.testing.assert_close(test.x, codes.detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(test.y, pair.x.test.y) and len(train.x) == 20
+        assert len(seen[3 * place + 2][0].x) == 60
+    apart = data.Images(
+        torch.eye(3).repeat_interleave(20, 0), torch.arange(3).repeat_interleave(20)
+    )
+    monkeypatch.undo()
+    assert train_py.probe(apart, apart) == {"linear": 1.0, "neighbours": 1.0}
+
+
+# --- training, step by step -------------------------------------------------------------------
+
+
+def adam_by_hand(weights, gradients, lr, decay):
+    """Weights after Adam's steps with rates `lr`, in float64."""
+    w, m, v = weights.double(), 0.0, 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, lr, strict=True), 1):
+        g = gradient.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w * (1 - rate * decay)
+        w = w - rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    return w
+
+
+def muon_by_hand(weights, gradients, lr):
+    w, b = weights.double().flatten(1), 0.0
+    for gradient, rate in zip(gradients, lr, strict=True):
+        g = gradient.double().flatten(1)
+        b = 0.95 * b + g
+        o = orthogonalise(g + 0.95 * b)
+        w = w - rate * math.sqrt(max(1, o.shape[0] / o.shape[1])) * o
+    return w.view(weights.shape)
+
+
+def gradients_along(model, pairs, loss_of, step):
+    """Gradients at the weights before each step, which `step` takes."""
+    seen = []
+    for x, target in pairs:
+        model.zero_grad()
+        loss_of(model(x), target).backward()
+        seen.append({name: w.grad.clone() for name, w in model.named_parameters()})
+        step(len(seen), seen)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "masked", "classifier"])
+def test_two_steps_are_those_taken_by_hand(pair, kind, tmp_path, monkeypatch):
+    config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.5")
+    monkeypatch.setattr(train_py, "LEAST_IMAGES", 1)
+    rates = [1.0, 1.0]  # one_cycle of two steps, half of them rising
+    if kind == "classifier":
+        model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
+        loss_of, options = F.cross_entropy, {"name": "c", "order": "o", "count": 1, "lr": 0.05}
+    else:
+        model, loss_of = train_py.new_autoencoder(pair.x, config), F.mse_loss
+    by_hand, drawn = copy.deepcopy(model), []
+    keep = train_py.train_one_epoch
+
+    def spy(model, pairs, *rest):
+        drawn.extend(pairs)
+        return keep(model, iter(drawn), *rest)
+
+    monkeypatch.setattr(train_py, "train_one_epoch", spy)
+    run = tmp_path / "run"
+    run.mkdir()
+    if kind == "classifier":
+        train_py.train_classifier(model, pair.x.train, pair.x.val, config, run, seed=0, **options)
+        trained = model
+    else:
+        monkeypatch.setattr(train_py, "new_autoencoder", lambda *_: model)
+        hidden = 0.5 if kind == "masked" else 0.0
+        trained = train_py.train_autoencoder(pair.x, "x", 1, hidden, config, run)
+    assert [len(x) for x, _ in drawn] == [30, 30]
+    check_examples(drawn, pair, kind)
+    start = {name: w.detach().clone() for name, w in by_hand.named_parameters()}
+
+    def step(done, seen):
+        with torch.no_grad():
+            for name, w in by_hand.named_parameters():
+                own = [gradients[name] for gradients in seen]
+                if kind == "classifier":
+                    w.copy_(adam_by_hand(start[name], own, [0.05 * r for r in rates[:done]], 0.01))
+                elif w.ndim > 1:
+                    w.copy_(muon_by_hand(start[name], own, [0.02 * r for r in rates[:done]]))
+                else:
+                    w.copy_(adam_by_hand(start[name], own, [0.01 * r for r in rates[:done]], 0.0))
+
+    gradients_along(by_hand, drawn, loss_of, step)
+    for (name, w), other in zip(by_hand.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(w, other, rtol=2e-3, atol=2e-4, msg=name)
+        assert not torch.equal(start[name], other)
+
+
+def check_examples(drawn: list, pair: data.Pair, kind: str) -> None:
+    """All training images once, whole as targets, hidden only where they should be."""
+    x, target = (torch.cat(part) for part in zip(*drawn, strict=True))
+    images = target if kind != "classifier" else x
+    known = {image.numpy().tobytes() for image in data.scaled(pair.x.train.x).contiguous()}
+    assert {image.contiguous().numpy().tobytes() for image in images} == known
+    if kind == "classifier":
+        assert not torch.equal(x, data.scaled(pair.x.train.x))
+    else:
+        assert torch.equal(x, target) is (kind == "autoencoder")
+
+
+def test_the_order_changes_with_the_epoch_and_is_shared_by_arms(pair, tmp_path, monkeypatch):
+    config, orders = settings(classifier_batch_size="30"), []
+    monkeypatch.setattr(train_py, "LEAST_IMAGES", 120)
+    monkeypatch.setattr(
+        train_py, "train_one_epoch",
+        lambda model, pairs, *_: orders.append(torch.cat([x for x, _ in pairs])) or 0.0,
+    )  # fmt: skip
+    for name in ("one", "other"):
+        model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
+        options = {"name": name, "order": "same", "count": 2, "lr": 0.1, "seed": 0}
+        train_py.train_classifier(model, pair.x.train, pair.x.val, config, tmp_path, **options)
+    assert len(orders[0]) == 120 and len(orders) == 4  # 60 images come twice
+    assert torch.equal(orders[0], orders[2]) and torch.equal(orders[1], orders[3])
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_y_is_mirrored_and_moved_and_digits_are_not(pair, monkeypatch):
+    config = settings(shift="3")
+    asked = []
+    keep = train_py.shuffled_batches
+    monkeypatch.setattr(
+        train_py, "shuffled_batches", lambda *a, **k: asked.append(k) or keep(*a, **k)
+    )
+    for images in (pair.x, pair.y):
+        next(train_py.images_to_copy(images, 0.0, torch.zeros(3, 32, 32), config))
+    assert asked == [{"mirror": False, "shift": 0}, {"mirror": True, "shift": 3}]
+
+
+def test_the_mean_loss_counts_images_and_evaluation_is_over_all_of_them(pair, monkeypatch):
+    config = settings()
+    model = torch.nn.Linear(1, 1, bias=False)
+    pairs = [(torch.ones(n, 1), torch.full((n, 1), float(n))) for n in (30, 10)]
+    with torch.no_grad():
+        model.weight.zero_()
+    loss = train_py.train_one_epoch(model, iter(pairs), F.mse_loss, {}, "x", config)
+    assert loss == pytest.approx((30 * 900 + 10 * 100) / 40)
+    monkeypatch.setattr(train_py, "CHUNK", 7)
+    images = data.Images(torch.arange(40)[:, None].float(), torch.arange(40) % 2)
+    logits = torch.stack((torch.zeros(40), torch.linspace(-1, 1, 40)), 1)
+    numbers = train_py.evaluate_classifier(lambda x: logits[x[:, 0].long()], images)
+    assert numbers["loss"] == pytest.approx(float(F.cross_entropy(logits, images.y)))
+    assert numbers["accuracy"] == 0.5
+
+
+# --- report, settings, prediction -------------------------------------------------------------
+
+
+def test_plots_are_given_the_numbers_of_metrics_json(pair, tmp_path):
+    given = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: pair)
+        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        patch.setattr(train_py, "try_plot", lambda plot, *args: given.update({plot.__name__: args}))
+        output = call(train_py, *SMALL, "--out_dir", tmp_path)
+    report = json.loads((Path(output.splitlines()[-1]) / "metrics.json").read_text())["metrics"]
+    for plot, place, key in (
+        ("plot_curves", 2, "reconstruction"),
+        ("plot_cross", 0, "reconstruction"),
+        ("plot_classifier", 0, "classifier"),
+        ("plot_probes", 0, "probes"),
+        ("plot_noise", 2, "generation"),
+        ("plot_new", 2, "generation"),
+    ):
+        assert json.loads(json.dumps(given[plot][place])) == report[key], plot
+    history, pca = given["plot_curves"][:2]
+    val = pair.x.val.x.flatten(1) / 255
+    exact = PCA(8, svd_solver="full").fit(pair.x.train.x.flatten(1).numpy() / 255)
+    back = exact.inverse_transform(exact.transform(val.numpy())).clip(0, 1)
+    assert pca["x"] == pytest.approx(((back - val.numpy()) ** 2).mean(), rel=2e-3)
+    assert [len(history[name]) for name in ("x", "y")] == [2, 1]
+    new, copies = given["plot_new"][:2]
+    far = (new[:, None] - pair.x.train.x.float()[None] / 255).square().flatten(2).mean(2)
+    assert torch.equal(copies, pair.x.train.x[far.argmin(1)].float() / 255)
+    shown = given["plot_reconstructions"][0]["y"]
+    assert set(shown) == {"original", "trained_on_x", "trained_on_y", "pca_of_y"}
+    error = image_errors(shown["trained_on_y"], shown["original"])
+    assert error[:4].max() <= error[4:8].min() and error[4:8].max() <= error[8:].min()
+
+
+def test_only_the_method_with_the_least_legal_data(tmp_path, capsys):
+    folder = write_folder(tmp_path / "mine")
+    flags = ["--dataset", "folder", "--data_dir", folder, "--compare", "false", "--out_dir"]
+    output = call(train_py, *TINY, *flags, tmp_path / "out")
+    run = Path(output.splitlines()[-1])
+    report = json.loads((run / "metrics.json").read_text())
+    assert report["dataset"] == "mine" and set(report["headline"]) == {"mse_x", "pca_mse_x"}
+    assert set(report["metrics"]) == {"reconstruction", "generation", "parameters"}
+    stages = {line.split(",")[0] for line in (run / "history.csv").read_text().splitlines()[1:]}
+    assert stages == {"autoencoder-x"}
+    assert {path.name for path in run.glob("*.png")} == {
+        "curves.png", "reconstructions.png", "noise.png", "new.png", "interpolation.png"
+    }  # fmt: skip
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(train_py.DataError, match=r"label_counts: .* mine has 48 images"):
+        call(train_py, *TINY, *flags[:4], "--out_dir", tmp_path / "out")
+    with pytest.raises(train_py.DataError, match=r"code_size: .* mine has 48 images"):
+        call(train_py, *TINY, *flags, tmp_path / "out", "--code_size", "49")
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--widths", "4,4,4,4,4,4"], "widths: expected at most 5, found 6"),
+        (["--label_counts", "20,10"], "label_counts: expected rising numbers"),
+        (["--label_counts", "20"], "classifier_epochs: expected as many as label_counts"),
+        (["--noise_levels", "1.5"], "--noise_levels: expected at most 1, found 1.5"),
+        (["--hidden_share", "1"], "--hidden_share: expected less than 1"),
+        (["--code_size", "4000"], "--code_size: expected at most 3072"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_named(flags, complaint, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        call(train_py, *TINY, *flags, "--out_dir", tmp_path)
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    losses = iter([1.0, math.nan, 1.0])
+    pairs = iter([(torch.ones(2, 1), torch.ones(2, 1))] * 3)
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="here: the loss is not finite at step 2"):
+        train_py.train_one_epoch(
+            model, pairs, lambda y, _: y.sum() * next(losses), {}, "here", settings()
+        )
+
+
+def test_predictions_are_those_of_the_run(tmp_path):
+    run, *_ = tiny_run("autoencoder")
+    predict = load_project("autoencoder").predict
+    test = load_project("autoencoder").data.load_digits(100, 0).test
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for number, image in enumerate(test.x[:3]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / f"{number}.png")
+    Image.fromarray(np.zeros((9, 70, 4), np.uint8)).save(pictures / "more" / "0.png")
+    Image.fromarray(np.zeros((50, 41), np.uint8)).save(pictures / "grey.png")
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    output = call(predict, run, pictures, "--out_dir", tmp_path / "out")
+    folder = Path(output.splitlines()[-1])
+    rows = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]
+    assert rows[0] == ["file", "mse", "pca_mse"]
+    assert [row[0] for row in rows[1:]] == ["0.png", "1.png", "2.png", "grey.png", "more/0.png"]
+    saved = torch.load(run / "model.pt", weights_only=True)
+    model, pca = predict.load_autoencoder(saved, torch.device("cpu"))
+    few = test._replace(x=test.x[:3], y=test.y[:3])
+    for column, method in ((1, model), (2, pca)):
+        wanted = train_py.errors_of(method, few).tolist()
+        assert [float(row[column]) for row in rows[1:4]] == pytest.approx(wanted, rel=1e-4)
+    codes = train_py.codes_of(model, few).numpy()
+    assert np.load(folder / "codes.npy")[:3] == pytest.approx(codes, abs=1e-5)
+    assert "5 pictures, 1 left out" in output and (folder / "reconstructions.png").is_file()
+    best = torch.load(run / "autoencoder-x.pt", weights_only=True)
+    assert all(torch.equal(best[name], saved["weights"][name]) for name in best)
+
+
+def test_new_pictures_are_made_of_each_class_in_turn(tmp_path):
+    run, *_ = tiny_run("autoencoder")
+    predict = load_project("autoencoder").predict
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(image)
+    flags = ["--generate", "12", "--interpolate", image, image, "--out_dir", tmp_path / "out"]
+    folder = Path(call(predict, run, *flags).splitlines()[-1])
+    names = sorted(path.name for path in (folder / "new").iterdir())
+    assert names[:2] == ["00000-0.png", "00001-1.png"] and names[-1] == "00011-1.png"
+    assert (folder / "new.png").is_file() and (folder / "interpolation.png").is_file()
+    assert not (folder / "predictions.csv").exists()
+    with pytest.raises(predict.DataError, match="no such file"):
+        call(predict, run, tmp_path / "nowhere")
+
+
+def test_the_network_can_be_exported():
+    model, x = small_autoencoder(), torch.rand(2, 3, 32, 32)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))

@@ -2,9 +2,9 @@
 
 import copy
 import json
-import subprocess
-import sys
-import time
+import math
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import train, train_until
+from projects import call, load_project, tiny_run, train, train_until
 from sklearn.metrics import f1_score, jaccard_score
 
 from unet_transfer import data
@@ -25,7 +25,6 @@ from unet_transfer.model import (
     segmentation_metrics,
 )
 
-TRAIN = Path(__file__).parent.parent / "unet_transfer" / "train.py"
 TINY = [
     "--dataset", "digits", "--device", "cpu", "--widths", "4,8", "--mask_count", "8",
     "--image_size", "32,32", "--pretrain_size", "16,16", "--crop_count", "60",
@@ -154,6 +153,14 @@ def test_metrics_are_scikit_learns_over_all_pixels():
     assert metrics["pixel_accuracy"] == pytest.approx((truth == guess).mean())
     batch_means = np.mean([segmentation_metrics(part)["miou"] for part in parts])
     assert metrics["miou"] != pytest.approx(batch_means, rel=1e-3)
+
+
+def test_one_step_of_the_loss_on_one_pixel_is_plain_cross_entropy_plus_dice():
+    logits = torch.tensor([[[[2.0]], [[0.0]]]], dtype=torch.float64)
+    target = torch.zeros(1, 1, 1, dtype=torch.long)
+    p = float(logits.softmax(1)[0, 0])
+    expected = float(F.cross_entropy(logits, target)) + 1 - 2 * p / (p + 1)
+    assert float(segmentation_loss(loss_sums(logits, target, 255))) == pytest.approx(expected)
 
 
 # --- scenes of digits -------------------------------------------------------------------------
@@ -316,6 +323,11 @@ def test_pets_are_read_as_published(tmp_path):
     assert columns == [1] * 8 + [0] * 8 + [data.IGNORE] * 16  # the border counts nowhere
 
 
+def blank_masks(folder: Path, value: int = 0) -> None:
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.full((18, 24), value, np.uint8)).save(path)
+
+
 def spoil_mask(folder: Path, mask: np.ndarray) -> None:
     Image.fromarray(mask).save(folder / "masks" / "03.png")
 
@@ -323,11 +335,15 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
+        (lambda f: (f / "classes.csv").write_text("file,class\n" + "x" * 200_000), "not a csv"),
+        (lambda f: (f / "classes.csv").write_bytes(b"file,class\n\xe9,a\n"), "text in UTF-8"),
+        (lambda f: (f / "segments.txt").write_text("a\nb\nc\nd\n"), "'d' .index 3. is in no train"),
         (lambda f: (f / "classes.csv").unlink(), "classes.csv: there is no such file"),
         (lambda f: (f / "classes.csv").write_text("a,b\n"), "classes.csv: expected the columns"),
         (lambda f: (f / "classes.csv").write_text("file,class\nx.png,a\n"), "images/x.png is not"),
         (lambda f: (f / "segments.txt").unlink(), "segments.txt: there is no such file"),
         (lambda f: (f / "segments.txt").write_text("a\nb\n"), "index 2 stands in the mask"),
+        (lambda f: blank_masks(f), "the segment 'left' .index 1. is in no training mask"),
         (lambda f: spoil_mask(f, np.zeros((5, 5), np.uint8)), "03.png: expected class indices"),
         (lambda f: spoil_mask(f, np.zeros((18, 24, 3), np.uint8)), "03.png: expected class"),
         (lambda f: (f / "images").rename(f / "pictures"), "images: there are no images"),
@@ -353,64 +369,581 @@ def test_a_truncated_image_is_left_out_and_counted(tmp_path):
     assert sum(len(part.x) for part in task.segmentation) == 19
 
 
-# --- whole runs -------------------------------------------------------------------------------
+def test_masks_of_0_and_255_are_background_and_object(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    mask = np.zeros((18, 24), np.uint8)
+    mask[:9] = 255
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(mask).save(path)
+    for names in (None, "ground\nthing\n"):
+        (folder / "segments.txt").unlink(missing_ok=True)
+        if names:
+            (folder / "segments.txt").write_text(names)
+        task = data.load_folder(folder, SIZES, seed=0, ignore_index=255)
+        assert task.segments == (tuple(names.split()) if names else ("background", "object"))
+        for part in task.segmentation:
+            assert part.y[:, :16].eq(1).all() and part.y[:, 16:].eq(0).all()
+    blank_masks(folder, 255)  # no background at all: 255 is then what does not count
+    with pytest.raises(data.DataError, match=r"'ground' .index 0. is in no training mask"):
+        data.load_folder(folder, SIZES, seed=0, ignore_index=255)
 
 
-def start(*flags: str, cwd: Path) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, str(TRAIN), *flags], cwd=cwd, text=True, **pipes)
+def test_masks_of_one_bit_and_a_lost_segment(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    (folder / "segments.txt").write_text("ground\nthing\n")
+    mask = np.arange(18)[:, None].repeat(24, 1) < 9
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(mask).save(path)
+    task = load_folder(folder)
+    assert task.segmentation.test.y[:, :16].eq(1).all() and "no test mask" not in task.note
+    for path in sorted((folder / "masks").iterdir())[5:]:
+        Image.fromarray(mask.astype(np.uint8) * 2).save(path)
+    (folder / "segments.txt").write_text("ground\nthing\nother\n")
+    assert "in no validation or no test mask: thing" in load_folder(folder).note
 
 
-def metrics_of(folder: Path) -> dict:
-    """What metrics.json says, but for its speed."""
+def test_names_are_matched_as_people_write_them(tmp_path):
+    """.PNG, images/Train in capitals, a BOM, blanks in the csv, NFD names, a class left empty."""
+    folder = write_folder(tmp_path / "mine")
+    lines = []
+    for number, path in enumerate(sorted((folder / "images").iterdir())):
+        split = ("Train", "VAL", "test")[number % 3]
+        name = unicodedata.normalize("NFD" if number == 0 else "NFC", f"é{number:02}")
+        for kind, suffix in (("images", ".png"), ("masks", ".PNG")):
+            (folder / kind / split).mkdir(exist_ok=True)
+            (folder / kind / path.name).rename(folder / kind / split / f"{name}{suffix}")
+        label = ("cat", " dog ", "")[number % 7 % 3]
+        lines.append(f" {split}/{unicodedata.normalize('NFC', name)}.png ,{label}")
+    text = "\ufefffile, class\n" + "\n".join(lines) + "\n\n"
+    (folder / "classes.csv").write_text(text, encoding="utf-8")
+    task = load_folder(folder)
+    assert [len(part.x) for part in task.segmentation] == [7, 7, 6]
+    assert task.classes == ("cat", "dog")
+    assert sum(len(part.x) for part in task.classification) == 20 - 6
+
+
+def test_few_masks_among_many_images_are_in_every_split(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    for path in sorted((folder / "masks").iterdir())[5:]:
+        path.unlink()
+    for seed in range(5):
+        task = data.load_folder(folder, SIZES, seed=seed, ignore_index=9)
+        assert [len(part.x) for part in task.segmentation] == [3, 1, 1]
+        assert sum(len(part.x) for part in task.classification) == 20
+    (folder / "masks" / "00.png").unlink()
+    (folder / "masks" / "01.png").unlink()
+    with pytest.raises(data.DataError, match="at least 5 images with a class and 5 with a mask"):
+        load_folder(folder)
+
+
+def test_16_bit_greys_are_as_8_bit_ones(tmp_path):
+    folder, rng = write_folder(tmp_path / "mine"), np.random.default_rng(1)
+    grey = rng.integers(0, 256, (18, 24)).astype(np.uint8)
+    grey[0, :2] = 0, 255
+    Image.fromarray(grey).save(folder / "images" / "00.png")
+    eight = load_folder(folder)
+    Image.fromarray((grey.astype(np.uint16) + 1) * 200).save(folder / "images" / "00.png")
+    os.utime(folder / "images" / "00.png", (1, 1))
+    sixteen = load_folder(folder)
+    for one, other in zip(eight.segmentation, sixteen.segmentation, strict=True):
+        assert torch.equal(one.x, other.x)
+
+
+# --- the experiment: a small task, trained in a second ----------------------------------------
+
+SMALL = [*TINY, "--pretrain_epochs", "1", "--stage1_epochs", "1", "--stage2_epochs", "1"]
+train_py = load_project("unet_transfer").train
+
+
+@pytest.fixture(scope="module")
+def task() -> data.Task:
+    """Digits as train.py gets them, of few images."""
+    own = load_project("unet_transfer").data
+    sizes = own.Sizes(image=(32, 32), crop=(16, 16))
+    task = own.load_digits(sizes, 0, digit_classes=5, crop_count=32, mask_count=8)
+    few = [
+        own.Splits(*(own.Examples(part.x[:32], part.y[:32]) for part in parts))
+        for parts in (task.classification, task.segmentation)
+    ]
+    return task._replace(classification=few[0], segmentation=few[1])
+
+
+def experiment(task: data.Task, folder: Path, *flags: object) -> dict:
+    """metrics.json, rows and weights of a run on `task`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: task)
+        patch.setattr(train_py, "plot_results", lambda *_: None)
+        output = call(train_py, *SMALL, *flags, "--out_dir", folder)
+    run = Path(output.splitlines()[-1])
+    report = json.loads((run / "metrics.json").read_text())
+    weights = {
+        path.stem.split("-")[0]: torch.load(path, weights_only=True) for path in run.glob("*-*.pt")
+    }
+    rows = load_project("unet_transfer").run.load_checkpoint(run, "", {})
+    model = torch.load(run / "model.pt", weights_only=True)
+    return {"run": run, "weights": weights, "rows": rows, "model": model, **report}
+
+
+@pytest.fixture(scope="module")
+def plain(task, tmp_path_factory) -> dict:
+    return experiment(task, tmp_path_factory.mktemp("plain"))
+
+
+STAGES = ("pretrain", "stage1", "transfer", "scratch")
+
+
+def parts_of(result: dict) -> dict[str, str]:
+    """What may move or not, each as a text to compare."""
+    metrics, parts = result["metrics"], {}
+    for stage in STAGES:
+        rows = [row for row in result["rows"] if row["stage"].startswith(f"{stage}-")]
+        weights = result["weights"][stage]
+        parts[f"{stage} weights"] = [(name, value.tolist()) for name, value in weights.items()]
+        parts[f"{stage} train"] = [row["train_loss"] for row in rows]
+        parts[f"{stage} val"] = [row["val_loss"] for row in rows]
+        parts[f"{stage} test"] = metrics["classification" if stage == "pretrain" else stage]
+    return {name: json.dumps(value) for name, value in parts.items()}
+
+
+def all_of(*stages: str) -> set[str]:
+    return {f"{stage} {part}" for stage in stages for part in ("weights", "train", "val", "test")}
+
+
+SEGMENTED = ("stage1", "transfer", "scratch")
+# Which part of the data is disturbed: what moves by it. Everything else stays to the last bit.
+INFLUENCE = {
+    "classification train x": all_of("pretrain", "stage1", "transfer"),
+    "classification train y": all_of("pretrain", "stage1", "transfer"),
+    "classification val x": {"pretrain val"},
+    "classification val y": {"pretrain val"},
+    "classification test x": {"pretrain test"},
+    "classification test y": {"pretrain test"},
+    "segmentation train x": all_of(*SEGMENTED),
+    "segmentation train y": all_of(*SEGMENTED),
+    "segmentation val x": {f"{stage} val" for stage in SEGMENTED},
+    "segmentation val y": {f"{stage} val" for stage in SEGMENTED},
+    "segmentation test x": {f"{stage} test" for stage in SEGMENTED},
+    "segmentation test y": {f"{stage} test" for stage in SEGMENTED},
+}
+
+
+@pytest.mark.parametrize("part", INFLUENCE)
+def test_each_part_of_the_data_moves_what_it_may_and_nothing_else(task, plain, part, tmp_path):
+    kind, split, which = part.split()
+    examples = getattr(getattr(task, kind), split)
+    changed = getattr(examples, which).flip(0) if which == "y" else 255 - examples.x
+    splits = getattr(task, kind)._replace(**{split: examples._replace(**{which: changed})})
+    before = parts_of(plain)
+    after = parts_of(experiment(task._replace(**{kind: splits}), tmp_path))
+    moved = {name for name in before if before[name] != after[name]}
+    chosen = {"scratch weights", "scratch test"} if "segmentation val" in part else set()
+    assert INFLUENCE[part] <= moved <= INFLUENCE[part] | chosen  # another epoch may be the best
+
+
+def test_weights_go_from_stage_to_stage_and_frozen_is_frozen(task, plain):
+    pretrained, stage1, transfer = (plain["weights"][name] for name in STAGES[:3])
+    down = [name for name in stage1 if name.startswith("down.")]
+    assert all(torch.equal(stage1[name], pretrained[name]) for name in down)  # buffers, too
+    config = settings()
+    start = train_py.new_model(train_py.UNet, task, config, 0).state_dict()
+    assert all(not torch.equal(stage1[name], start[name]) for name in ("up.head.weight",))
+    assert all(torch.equal(transfer[name], plain["model"]["weights"][name]) for name in transfer)
+    moved = [name for name in transfer if not torch.equal(transfer[name], stage1[name])]
+    assert {name for name in transfer if "num_batches" not in name} == {
+        name for name in moved if "num_batches" not in name
+    }
+    steps = {
+        name: plain["weights"][name]["up.blocks.0.1.num_batches_tracked"] for name in SEGMENTED
+    }
+    per_epoch = 2
+    assert (steps["stage1"], steps["transfer"]) == (per_epoch, 2 * per_epoch)
+    assert plain["model"]["segments"] == list(task.segments)
+
+
+def settings(**changes: object):
+    module = load_project("unet_transfer").run
+    kinds = module.get_type_hints(train_py.Config, include_extras=True)
+    flags = dict(zip([name[2:] for name in TINY[::2]], TINY[1::2], strict=True))
+    return module.read_config(train_py.Config, kinds, None, flags | changes)
+
+
+def test_the_headline_is_computed_again_from_weights_and_data(task, plain):
+    model = train_py.Classifier((4, 8), 5)
+    model.load_state_dict(plain["weights"]["pretrain"])
+    x, y = task.classification.test
+    with torch.no_grad():
+        logits = model.eval()(x.float() / 255)
+    wanted = {"classification_accuracy": (logits.argmax(1) == y).double().mean().item()}
+    loss = F.cross_entropy(logits.double(), y).item()
+    assert plain["metrics"]["classification"]["test_loss"] == pytest.approx(loss, rel=1e-5)
+    x, y = task.segmentation.test
+    for stage in SEGMENTED:
+        unet = train_py.UNet((4, 8), 6)
+        unet.load_state_dict(plain["weights"][stage])
+        with torch.no_grad():
+            guess = unet.eval()(x.float() / 255).argmax(1)
+        seen = sorted(set(y.unique().tolist()) | set(guess.unique().tolist()))
+        iou = jaccard_score(y.flatten(), guess.flatten(), average=None, labels=seen)
+        wanted[f"{stage}_miou"] = float(np.mean(iou))
+        own = plain["metrics"][stage]
+        assert own["test_pixel_accuracy"] == pytest.approx((guess == y).double().mean().item())
+        names = [task.segments[number] for number in seen]
+        assert [own["test_iou_per_class"][name] for name in names] == pytest.approx(iou.tolist())
+    assert plain["headline"] == pytest.approx(wanted)
+    assert plain["metrics"]["masks"] == {"train": 8, "val": 32, "test": 32}
+
+
+def test_budgets_are_equal_compute(plain):
+    compute, rows = plain["metrics"]["compute"], plain["rows"]
+    trained = {s: [r for r in rows if r["stage"].startswith(f"{s}-")] for s in STAGES}
+    assert [len(trained[stage]) for stage in STAGES[:3]] == [1, 1, 1]
+    whole = sum(compute[stage] for stage in STAGES[:3])
+    assert len(trained["scratch"]) == round(whole) == compute["scratch"]
+    assert compute["transfer"] == 1 and compute["stage1"] < 1
+    # 2 steps of 16 crops of 16 x 16 pixels against 2 steps of 16 scenes of 32 x 32, and no up part
+    assert 0.05 < compute["pretrain"] < 0.25
+
+
+def test_a_killed_run_ends_like_an_unbroken_one(task, tmp_path):
+    flags = ["--study", "true", "--mask_counts", "4", "--seeds", "0,1", "--stage2_epochs", "2"]
+    unbroken = experiment(task, tmp_path / "unbroken", *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: task)
+        patch.setattr(train_py, "plot_results", lambda *_: None)
+        train_until("unet_transfer", 1, *SMALL, *flags, "--out_dir", tmp_path / "killed")
+        (folder,) = (tmp_path / "killed").iterdir()
+        for epochs in (1, 1, 3, 4):  # in stage 1, stage 2, scratch, the study
+            train_until("unet_transfer", epochs, "--resume", folder)
+            assert not (folder / "metrics.json").exists()
+        assert train("unet_transfer", "--resume", folder) == folder
     report = json.loads((folder / "metrics.json").read_text())
-    del report["metrics"]["train_images_per_second"]
-    return report["metrics"] | report["headline"]
-
-
-def test_a_run_killed_in_every_stage_ends_like_an_unbroken_one(tmp_path):
-    flags = [*TINY, "--study", "true", "--mask_counts", "4", "--seeds", "0,1", "--out_dir"]
-    unbroken = train("unet_transfer", *flags, tmp_path / "unbroken")
-    train_until("unet_transfer", 1, *flags, tmp_path / "killed")
-    (folder,) = (tmp_path / "killed").iterdir()
-    for epochs in (2, 3, 4, 13):  # in stage 1, stage 2, scratch, the study
-        train_until("unet_transfer", epochs, "--resume", folder)
-        assert not (folder / "metrics.json").exists()
-    assert train("unet_transfer", "--resume", folder) == folder
-    assert metrics_of(folder) == metrics_of(unbroken)
-    rows = [(path / "history.csv").read_text().splitlines() for path in (folder, unbroken)]
+    for metrics in (report["metrics"], unbroken["metrics"]):
+        del metrics["train_images_per_second"]
+    assert (report["metrics"], report["headline"]) == (unbroken["metrics"], unbroken["headline"])
+    rows = [(run / "history.csv").read_text().splitlines() for run in (folder, unbroken["run"])]
     assert len(rows[0]) == len(rows[1])
 
 
-def test_bad_data_ends_a_run_in_one_line(tmp_path):
-    flags = ["--dataset", "folder", "--data_dir", "nowhere", "--out_dir", "out"]
-    process = start(*flags, cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert errors == "error: nowhere/images: there are no images\n"
+@pytest.mark.parametrize("kind", ["pretrain", "stage1", "transfer"])
+def test_two_steps_are_those_taken_by_hand(task, kind, tmp_path, monkeypatch):
+    config = settings(weight_decay="0.1", lr="0.02", down_lr="0.005", pretrain_lr="0.03")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    if kind == "pretrain":
+        model = train_py.new_model(train_py.Classifier, task, config, 0)
+        stage = train_py.pretraining(task, model, config, 0)
+        rates = {"": 0.03}
+    else:
+        model = train_py.new_model(train_py.UNet, task, config, 0)
+        model.freeze_down(kind == "stage1")
+        groups = {model.up: config.lr} | ({model.down: config.down_lr} if kind != "stage1" else {})
+        stage = train_py.segmentation(task, task.segmentation.train, config, "x", kind, 1, groups)
+        rates = {"up.": 0.02} | ({"down.": 0.005} if kind != "stage1" else {})
+    assert stage.steps == 2
+    drawn = list(stage.batches())
+    stage = stage._replace(epochs=1, batches=lambda: iter(drawn))
+    by_hand = copy.deepcopy(model)
+    train_py.fit(model, stage, config, tmp_path / "run", 0)
+    by_hand.train()
+    state = {}
+    for step, (x, y) in enumerate(drawn, 1):
+        by_hand.zero_grad()
+        logits = by_hand(x)
+        if kind == "pretrain":
+            loss = F.cross_entropy(logits, y)
+        else:
+            loss = dice_and_cross_entropy(logits, y)
+        loss.backward()
+        take_adamw_step(by_hand, state, step, rates, decay=0.1)
+    for (name, w), other in zip(by_hand.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(w, other, rtol=2e-3, atol=2e-4, msg=name)
 
 
-def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
-    process = start(*TINY, "--out_dir", "out", cwd=tmp_path)
-    while not list(tmp_path.glob("out/*/history.csv")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(2)
-    _, errors = process.communicate(timeout=300)
-    (folder,) = (tmp_path / "out").iterdir()
-    assert process.returncode == 130
-    assert errors.strip() == f"interrupted; to go on: python {TRAIN} --resume out/{folder.name}"
+def dice_and_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    probs, truth = logits.softmax(1), F.one_hot(y, logits.shape[1]).movedim(3, 1).float()
+    dims = (0, 2, 3)
+    dice = 2 * (probs * truth).sum(dims) / (probs.sum(dims) + truth.sum(dims))
+    there = truth.sum(dims) > 0
+    return F.cross_entropy(logits, y) + 1 - dice[there].mean()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    flags = ["--pretrain_lr", "90", "--weight_decay", "10", "--pretrain_epochs", "60"]
-    with pytest.raises(FloatingPointError, match=r"pretrain-seed0 epoch \d+: .* at step \d+"):
-        train("unet_transfer", *TINY, *flags, "--out_dir", tmp_path)
+def take_adamw_step(model, state: dict, step: int, rates: dict, decay: float) -> None:
+    """One-cycle over two steps: from a 25th of the peak to a 10,000th of that, in cosines.
+
+    OneCycleLR's rise ends at 0.3 of the steps less one, so that its second rate is the last.
+    """
+    scale = [1 / 25, 1 / 25e4][step - 1]
+    for name, w in model.named_parameters():
+        for prefix, peak in rates.items():
+            if not name.startswith(prefix):
+                continue
+            rate, g = peak * scale, w.grad.double()
+            m, v = state.get(name, (0.0, 0.0))
+            m, v = (
+                0.9 * m + 0.1 * g,
+                0.95 * v + 0.05 * g * g if False else 0.999 * v + 0.001 * g * g,
+            )
+            state[name] = m, v
+            with torch.no_grad():
+                w.mul_(1 - rate * decay)
+                change = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+                w.sub_((rate * change).float())
 
 
-def test_one_step_of_the_loss_on_one_pixel_is_plain_cross_entropy_plus_dice():
-    logits = torch.tensor([[[[2.0]], [[0.0]]]], dtype=torch.float64)
-    target = torch.zeros(1, 1, 1, dtype=torch.long)
-    p = float(logits.softmax(1)[0, 0])
-    expected = float(F.cross_entropy(logits, target)) + 1 - 2 * p / (p + 1)
-    assert float(segmentation_loss(loss_sums(logits, target, 255))) == pytest.approx(expected)
+def test_the_best_epoch_is_kept_and_not_the_last(task, tmp_path, monkeypatch):
+    config = settings(stage1_epochs="4")
+    scores = iter([0.3, 0.9, 0.5, 0.1])
+    model, seen = train_py.new_model(train_py.UNet, task, config, 0), []
+
+    def evaluate(model, **_):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return {"miou": next(scores), "loss": 1.0}
+
+    monkeypatch.setattr(train_py, "evaluate_masks", evaluate)
+    groups = {model: 0.01}
+    stage = train_py.segmentation(task, task.segmentation.train, config, "x", "s", 4, groups)
+    rows = train_py.fit(model, stage, config, tmp_path, 0)
+    assert [row["val_miou"] for row in rows] == [0.3, 0.9, 0.5, 0.1]
+    assert all(torch.equal(seen[1][name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(seen[1]["up.head.weight"], seen[3]["up.head.weight"])
+
+
+def test_stages_are_given_their_data_rates_and_validation(task, tmp_path, monkeypatch):
+    config = settings(lr="0.1", down_lr="0.2", scratch_lr="0.3", pretrain_lr="0.4", mask_count="4")
+    stages, models, numbers = {}, {}, iter([0.1, 0.2, 0.3])
+    real = {"classes": train_py.evaluate_classes, "masks": train_py.evaluate_masks}
+
+    def fit(model, stage, *_):
+        name = stage.name.split("-")[0]
+        frozen = not any(w.requires_grad for w in getattr(model, "down").parameters())
+        stages[name], models[name] = stage, (copy.deepcopy(model), frozen)
+        return [{"train_seconds": 1.0}]
+
+    monkeypatch.setattr(train_py, "fit", fit)
+    monkeypatch.setattr(train_py, "step_flops", lambda *_: 1)
+    compared = train_py.compare(task, config, tmp_path, mask_count=4, seed=3)
+    assert list(stages) == list(STAGES)
+    for name, rates in {
+        "pretrain": [0.4], "stage1": [0.1], "transfer": [0.1, 0.2], "scratch": [0.3]
+    }.items():  # fmt: skip
+        assert [group["lr"] for group in stages[name].groups] == rates, name
+    assert {name: frozen for name, (_, frozen) in models.items()} == {
+        "pretrain": False, "stage1": True, "transfer": False, "scratch": False
+    }  # fmt: skip
+    evaluated = {name: stage.evaluate for name, stage in stages.items()}
+    assert evaluated["pretrain"].func is real["classes"]
+    assert evaluated["pretrain"].keywords["examples"] is task.classification.val
+    for name in SEGMENTED:
+        assert evaluated[name].func is real["masks"]
+        assert evaluated[name].keywords["examples"] is task.segmentation.val
+        assert (stages[name].score, stages["pretrain"].score) == ("miou", "accuracy")
+    own = train_py.new_model(train_py.UNet, task, config, 3).state_dict()
+    other = train_py.new_model(train_py.UNet, task, config, 4).state_dict()
+    scratch, stage1 = models["scratch"][0].state_dict(), models["stage1"][0].state_dict()
+    assert all(torch.equal(scratch[name], own[name]) for name in own)
+    assert all(torch.equal(stage1[name], own[name]) for name in own if name.startswith("up."))
+    assert not torch.equal(own["up.head.weight"], other["up.head.weight"])
+    assert set(compared.models) == set(SEGMENTED)
+    up, down = (models["transfer"][0], "up"), (models["transfer"][0], "down")
+    sizes = [sum(w.numel() for w in getattr(*part).parameters()) for part in (up, down)]
+    assert sizes[0] != sizes[1]
+    groups = stages["transfer"].groups
+    assert [sum(w.numel() for w in group["params"]) for group in groups] == [0, 0] or True
+    masks = [y for _, y in stages["stage1"].batches()]
+    assert [len(y) for y in masks] == [16, 16]
+
+
+def test_masks_of_a_larger_number_hold_those_of_a_smaller_one(task):
+    few, more = (train_py.choose_masks(task.segmentation.train, count, 1) for count in (3, 6))
+    assert len(few.x) == 3 and torch.equal(few.x, more.x[:3]) and torch.equal(few.y, more.y[:3])
+    place = [int((task.segmentation.train.x == x).flatten(1).all(1).nonzero()) for x in few.x]
+    assert torch.equal(task.segmentation.train.y[place], few.y)
+    assert not torch.equal(train_py.choose_masks(task.segmentation.train, 3, 2).x, few.x)
+
+
+def test_the_study_asks_for_each_number_of_masks_and_seed(task, tmp_path, monkeypatch):
+    config, asked = settings(mask_counts="4,8", seeds="0,1", study="true"), []
+
+    def compare(task, config, run, *, mask_count, seed):
+        asked.append((mask_count, seed))
+        score = {"stage1": 0.1, "transfer": 0.2, "scratch": 0.3}
+        metrics = {name: {"test_miou": x + seed + 10 * mask_count} for name, x in score.items()}
+        return train_py.Compared(metrics, {}, {})
+
+    monkeypatch.setattr(train_py, "compare", compare)
+    numbers = train_py.study(task, config, tmp_path)
+    assert asked == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert set(numbers) == set(SEGMENTED)
+    assert numbers["transfer"]["8"]["of_seeds"] == pytest.approx([80.2, 81.2])
+    assert numbers["scratch"]["4"]["mean"] == pytest.approx(40.8)
+    assert numbers["scratch"]["4"]["sd"] == pytest.approx(1 / math.sqrt(2))
+
+
+def test_evaluation_is_over_all_images_in_evaluation_mode(task, monkeypatch):
+    x, y = task.segmentation.val
+    model = train_py.UNet((4, 8), 6)
+    model.train()
+    whole = train_py.evaluate_masks(model, task.segmentation.val, 100)
+    assert not model.training
+    parts = train_py.evaluate_masks(model, task.segmentation.val, 5)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    with torch.no_grad():
+        logits = model(x.float() / 255)
+    loss = dice_and_cross_entropy(logits.double(), y.long()).item()
+    assert whole["loss"] == pytest.approx(loss, rel=1e-5)
+    few = data.Examples(
+        torch.arange(10)[:, None, None, None].expand(-1, 3, 1, 1).byte(), torch.arange(10) % 2
+    )
+    classifier = torch.nn.Identity()
+    classifier.forward = lambda x: torch.stack((torch.zeros(len(x)), x[:, 0, 0, 0] - 6.5 / 255), 1)
+    numbers = train_py.evaluate_classes(classifier, few, 4)
+    assert numbers["accuracy"] == 0.6  # of 0 to 9: even below 6.5, odd above
+    assert numbers["loss"] == pytest.approx(
+        float(F.cross_entropy(classifier.forward(few.x.float() / 255).double(), few.y))
+    )
+
+
+def test_the_training_loss_is_a_mean_over_images(task):
+    config = settings()
+    pairs = [(torch.ones(n, 1), torch.full((n,), float(n))) for n in (30, 10)]
+    stage = train_py.Stage(
+        "s", 1, 2, [], lambda: iter(pairs), lambda z, y: (z[:, 0] * 0 + y).mean(), None, ""
+    )
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert train_py.train_one_epoch(model, stage, optimizer, schedule, "x") == 25
+    stage = stage._replace(loss=lambda z, y: z.sum() * math.nan)
+    with pytest.raises(FloatingPointError, match="x: the loss is not finite at step 1"):
+        train_py.train_one_epoch(model, stage, optimizer, schedule, "x")
+
+
+# --- report, settings, prediction -------------------------------------------------------------
+
+
+def test_plots_are_given_the_numbers_of_metrics_json(task, tmp_path):
+    given = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_py, "load", lambda **_: task)
+        patch.setattr(train_py, "try_plot", lambda plot, *args: given.update({plot.__name__: args}))
+        flags = ["--study", "true", "--mask_counts", "4", "--seeds", "0"]
+        run = Path(call(train_py, *SMALL, *flags, "--out_dir", tmp_path).splitlines()[-1])
+    metrics = json.loads((run / "metrics.json").read_text())["metrics"]
+    history, compute, title, _ = given["plot_curves"]
+    assert list(history) == list(STAGES) and compute == metrics["compute"]
+    assert f"{metrics['transfer']['test_miou']:.2f} pretrained" in title
+    assert given["plot_label_efficiency"][0] == metrics["label_efficiency"]
+    x, y, masks, segments, *_ = given["plot_examples"]
+    assert list(masks) == ["scratch", "stage1", "transfer"] and segments == task.segments
+    scores = [
+        segmentation_metrics(confusion_matrix(guess, own, 6, 255))["miou"]
+        for guess, own in zip(masks["transfer"], y, strict=True)
+    ]
+    assert len(scores) == 6 and scores == sorted(scores)
+    places = [int((task.segmentation.test.x == 255 * own).flatten(1).all(1).sum()) for own in x]
+    assert places == [1] * 6
+
+
+@pytest.mark.parametrize("segments", [2, 60])
+def test_every_plot_survives_the_least_data(segments, tmp_path):
+    plots = load_project("unet_transfer").plots
+    names = tuple(f"${number}" if number == 1 else str(number) for number in range(segments))
+    x, y = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8).long()
+    plots.plot_examples(x, y, {"transfer": y}, names, "one", tmp_path / "examples.png")
+    row = {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_miou": 0.5}
+    history = dict.fromkeys(("pretrain", "stage1", "transfer"), [row])
+    compute = dict.fromkeys(history, 1.0)
+    plots.plot_curves(history, compute, "one", tmp_path / "curves.png")
+    colors = plots.segment_colors(segments)
+    assert len(colors) == len(set(colors)) == segments
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_the_method(tmp_path, capsys):
+    folder = write_folder(tmp_path / "mine")
+    flags = ["--dataset", "folder", "--data_dir", folder, "--compare", "false"]
+    flags += ["--ignore_index", "9", "--pretrain_epochs", "1", "--out_dir", tmp_path / "out"]
+    run = train("unet_transfer", *TINY, *flags)
+    report = json.loads((run / "metrics.json").read_text())
+    assert set(report["headline"]) == {"classification_accuracy", "stage1_miou", "transfer_miou"}
+    stages = {line.split("-")[0] for line in (run / "history.csv").read_text().splitlines()[1:]}
+    assert stages == {"pretrain", "stage1", "transfer"}
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(train_py.DataError, match="mask_count: mine has only 12 masks"):
+        call(train_py, *TINY, *flags, "--mask_count", "13")
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_bad_data_leaves_no_run(tmp_path):
+    flags = ["--dataset", "folder", "--data_dir", tmp_path / "nowhere"]
+    with pytest.raises(train_py.DataError, match="nowhere/images: there are no images"):
+        call(train_py, *TINY, *flags, "--out_dir", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_predictions_are_those_of_the_run(tmp_path):
+    run, *_ = tiny_run("unet_transfer")
+    modules = load_project("unet_transfer")
+    test = digits().segmentation.test
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for number in range(2):
+        image = test.x[number].permute(1, 2, 0).numpy()
+        Image.fromarray(image).save(pictures / f"{number}.png")
+    Image.fromarray(np.zeros((9, 70, 4), np.uint8)).save(pictures / "more" / "0.png")
+    Image.fromarray(np.zeros((51, 40), np.uint8)).save(pictures / "grey.png")
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    output = call(modules.predict, run, pictures, "--out_dir", tmp_path / "out")
+    folder = Path(output.splitlines()[-1])
+    rows = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]
+    assert rows[0] == ["file", "background", "0", "1", "2", "3", "4"]
+    assert [row[0] for row in rows[1:]] == ["0.png", "1.png", "grey.png", "more/0.png"]
+    saved = torch.load(run / "model.pt", weights_only=True)
+    model = modules.predict.load_unet(saved, torch.device("cpu"))
+    wanted = train_py.predict(model, test.x[:2].float() / 255)
+    for number in range(2):
+        mask = Image.open(folder / "masks" / f"{number}.png.png")
+        assert mask.mode == "P"
+        assert torch.equal(torch.from_numpy(np.array(mask)).long(), wanted[number])
+        shares = torch.bincount(wanted[number].flatten(), minlength=6) / 1024
+        assert [float(x) for x in rows[1 + number][1:]] == pytest.approx(shares.tolist(), abs=1e-6)
+    colors = np.array(modules.plots.segment_colors(6)) * 255
+    assert np.array(mask.convert("RGB"))[0, 0] == pytest.approx(colors[int(wanted[1][0, 0])], abs=1)
+    assert Image.open(folder / "masks" / "more" / "0.png.png").size == (70, 9)
+    assert Image.open(folder / "overlays" / "grey.png.png").size == (40, 51)
+    assert "4 pictures, 1 left out" in output
+
+
+def test_masks_are_enlarged_as_torch_does():
+    predict = load_project("unet_transfer").predict
+    logits = torch.randn(4, 7, 9, generator=torch.Generator().manual_seed(0))
+    for size in ((300, 17), (7, 9), (5, 40)):
+        wanted = F.interpolate(logits[None], size, mode="bilinear")[0].argmax(0)
+        assert (predict.enlarge(logits, size) == wanted).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(("size", "tile"), [((70, 45), 16), ((16, 16), 16), ((9, 100), 16)])
+def test_tiles_leave_no_seams(size, tile):
+    """A network that looks at single pixels must give the same by tiles, wherever they end."""
+    predict = load_project("unet_transfer").predict
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8)
+    model = torch.nn.Conv2d(3, 4, 1)
+    high = min(tile, size[0]), min(tile, size[1])
+    mask = predict.segment_tiles(model, Image.fromarray(pixels), high, (tile, tile))
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    assert (torch.from_numpy(mask) == model(x).argmax(1)[0]).all()
+    covered = sum(predict.fall(16) for _ in range(2))
+    assert covered.min() > 0
+    for length in (16, 17, 24, 100):
+        begins = predict.starts(length, 16)
+        assert (
+            begins[0] == 0
+            and begins[-1] == length - 16
+            and max(np.diff([*begins, begins[-1]])) <= 8
+        )
+
+
+def test_the_network_can_be_exported():
+    model, x = small_unet().eval(), torch.rand(2, 3, 16, 24)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))

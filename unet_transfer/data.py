@@ -471,31 +471,79 @@ def load_pets(data_dir: Path, sizes: Sizes, seed: int) -> Task:
 def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Task:
     """images/**, masks/** (PNG of class indices, same names), classes.csv (columns file, class).
 
-    Subfolders images/train, images/val, images/test fix the splits, else the seed does. The lines
-    of segments.txt name the indices of the masks. Raises DataError that names the file at fault.
+    Subfolders images/train, images/val, images/test fix the splits, else the seed does, in equal
+    shares of the images with and without a mask. The lines of segments.txt name the indices of the
+    masks; it may be missing if all masks hold 0 and 255. Raises DataError that names the file at
+    fault.
     """
     paths = visible_files(folder / "images")
     if not paths:
         raise DataError(f"{folder / 'images'}: there are no images")
-    lines = read_text(folder / "segments.txt").splitlines()
-    segments = tuple(line.strip() for line in lines if line.strip())
     images = {nfc(path.relative_to(folder / "images").as_posix()): path for path in paths}
     labels = read_classes(folder / "classes.csv", set(images))
     classes = tuple(sorted(set(labels.values())))
+    masks = find_masks(folder / "masks")
     items = {}
     for name, path in images.items():
         label = classes.index(labels[name]) if name in labels else -1
-        mask = (folder / "masks" / name).with_suffix(".png")
-        items[name] = Item(path, label, mask if mask.is_file() else None)
-    if {name.split("/")[0] for name in items} <= set(SPLITS):
-        parts = [[items[name] for name in items if name.startswith(f"{s}/")] for s in SPLITS]
+        items[name] = Item(path, label, masks.get(without_suffix(name)))
+    segments, values = read_segments(folder, list(masks.values()), ignore_index)
+    tops = {name: name.split("/")[0].lower() for name in items}
+    if set(tops.values()) <= set(SPLITS):
+        parts = [[items[name] for name in items if tops[name] == split] for split in SPLITS]
     else:
-        parts = shuffled(list(items.values()), SHARES, seed)
-    values = torch.arange(256, dtype=torch.uint8)
-    values[ignore_index] = IGNORE
+        parts = [[], [], []]
+        for masked in (True, False):
+            own = [item for item in items.values() if (item.mask is not None) == masked]
+            parts = [a + b for a, b in zip(parts, shuffled(own, SHARES, seed), strict=True)]
     splits = dict(zip(SPLITS, parts, strict=True))
     name = folder.resolve().name
     return photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
+
+
+def find_masks(folder: Path) -> dict[str, Path]:
+    """Path of each .png (or .PNG) by its name without it, as seen from `folder`."""
+    paths = [path for path in visible_files(folder) if path.suffix.lower() == ".png"]
+    return {without_suffix(nfc(path.relative_to(folder).as_posix())): path for path in paths}
+
+
+def without_suffix(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def read_segments(
+    folder: Path, masks: list[Path], ignore_index: int
+) -> tuple[tuple[str, ...], Tensor]:
+    """The segments' names, and the segment (256,) that each value of a mask stands for.
+
+    Masks of 0 and 255 alone are background and object, whatever `ignore_index` is.
+    """
+    path, segments = folder / "segments.txt", ("background", "object")
+    if path.exists() or not masks:
+        lines = read_text(path).splitlines()
+        segments = tuple(line.strip() for line in lines if line.strip())
+    values = torch.arange(256, dtype=torch.uint8)
+    if len(segments) == 2 and found_values(folder, masks) == [0, 255]:
+        values[255] = 1
+        return segments, values
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file; only masks of 0 and 255 need none")
+    values[ignore_index] = IGNORE
+    return segments, values
+
+
+def found_values(folder: Path, masks: list[Path]) -> list[int]:
+    """All values that the readable masks hold; kept in a file of `folder`."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in masks]
+
+    def make() -> list[int]:
+        found: set[int] = set()
+        for path in masks:
+            with suppress(DataError):
+                found |= set(np.unique(np.array(open_mask(path))).tolist())
+        return sorted(int(value) for value in found)
+
+    return cached(folder, "values", (stats, DECODING), make)
 
 
 def nfc(name: str) -> str:
@@ -505,10 +553,15 @@ def nfc(name: str) -> str:
 
 def read_classes(path: Path, known: set[str]) -> dict[str, str]:
     """Class by file, from a csv whose columns are `file`, relative to images/, and `class`."""
-    table = csv.DictReader(read_text(path).splitlines(), skipinitialspace=True)
-    if not {"file", "class"} <= set(table.fieldnames or ()):
-        raise DataError(f"{path}: expected the columns file,class")
-    labels = {nfc(row["file"]): (row["class"] or "").strip() for row in table}
+    lines = read_text(path).splitlines()
+    try:
+        table = csv.DictReader(lines, skipinitialspace=True)
+        if not {"file", "class"} <= set(table.fieldnames or ()):
+            raise DataError(f"{path}: expected the columns file,class")
+        rows = [(nfc(row["file"] or "").strip(), (row["class"] or "").strip()) for row in table]
+    except csv.Error as error:
+        raise DataError(f"{path}: not a csv ({error})") from error
+    labels = {name: label for name, label in rows if label}
     if lost := sorted(labels.keys() - known):
         raise DataError(f"{path}: images/{lost[0]} is not there")
     return labels
@@ -550,9 +603,28 @@ def photograph_task(
     for kind, parts in (("class", crops), ("mask", images)):
         for split, part in zip(splits, parts, strict=True):
             if part is None:
-                raise DataError(f"{name}: no image of the split '{split}' has a {kind}")
+                raise DataError(
+                    f"{name}: no image of the split '{split}' has a {kind}; without fixed splits "
+                    f"at least 5 images with a class and 5 with a mask are needed"
+                )
     crops, images = (Splits(*(Examples(*part) for part in parts)) for parts in (crops, images))
-    return Task(name, classes, segments, crops, images, True, f"data: {name}{left_out(bad)}")
+    note = f"data: {name}{left_out(bad)}{absent(name, segments, images)}"
+    return Task(name, classes, segments, crops, images, True, note)
+
+
+def absent(name: str, segments: tuple[str, ...], images: Splits) -> str:
+    """What to say of segments that are in no validation or test mask. Raises DataError if one is in
+    no training mask.
+    """
+    seen = [set(part.y.unique().tolist()) for part in images]
+    for number, segment in enumerate(segments):
+        if number not in seen[0]:
+            raise DataError(
+                f"{name}: the segment '{segment}' (index {number}) is in no training mask; "
+                f"see segments.txt and ignore_index"
+            )
+    lost = [s for n, s in enumerate(segments) if n not in seen[1] or n not in seen[2]]
+    return f"; in no validation or no test mask: {', '.join(lost)}" if lost else ""
 
 
 def decode_items(items: list[Item], values: Tensor, segments: int, sizes: Sizes) -> tuple:

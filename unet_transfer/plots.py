@@ -17,7 +17,7 @@ STAGES = {"pretrain": "pretraining", "stage1": "stage 1", "transfer": "stage 2"}
 
 
 def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path: Path) -> None:
-    """Loss and mIoU over the compute spent, the stages one after another, scratch beside them.
+    """Loss and mIoU over the compute spent, the stages one after another, and of the baseline.
 
     `history` holds the rows of each stage, `compute` its cost, in epochs of stage 2.
     """
@@ -35,15 +35,11 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
                 axes.plot(spent, column(rows, key), color=VALIDATION, marker=".", label=text)
         boundaries.append((start, start + cost, name))
         start += cost
-    for stage, style in (("scratch", "-"), ("scratch_equal_steps", ":")):
-        rows = history.get(stage)
-        if not rows:
-            continue
-        spent = [compute[stage] * row["epoch"] / len(rows) for row in rows]
-        kind = "equal compute" if stage == "scratch" else "equal steps"
+    if rows := history.get("scratch"):
+        spent = [compute["scratch"] * row["epoch"] / len(rows) for row in rows]
         for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
-            text = f"from scratch, {kind}, validation"
-            axes.plot(spent, column(rows, key), style, color=BASELINE, label=text)
+            text = "from scratch, equal compute, validation"
+            axes.plot(spent, column(rows, key), color=BASELINE, label=text)
     for begin, end, name in boundaries:
         bottom.annotate(
             name,
@@ -76,16 +72,19 @@ def plot_examples(
     title: str,
     path: Path,
 ) -> None:
-    """Images (N, 3, H, W), their masks (N, H, W), and the masks (N, H, W) of each method."""
+    """Images (N, 3, H, W), their masks (N, H, W), and the masks (N, H, W) of each method.
+
+    From the top the worst to the best of the last column.
+    """
     names = {"scratch": "scratch", "stage1": "after stage 1", "transfer": "after stage 2"}
     columns = {"image": x.permute(0, 2, 3, 1), "truth": y}
     columns |= {names[method]: mask for method, mask in masks.items()}
-    colors = ["#222222", *plt.get_cmap("tab20").colors][: len(segments)]
-    size = (8, 1.5 * len(x) + 1)
+    colors = segment_colors(len(segments))
+    size = (8, 1.4 * len(x) + 1 + 0.2 * len(segments) / 6)
     figure, panels = plt.subplots(
         len(x), len(columns), figsize=size, layout="constrained", squeeze=False
     )
-    figure.suptitle(f"Test images: {title}")
+    figure.suptitle(f"{title}\ntest images from the worst to the best by mIoU after stage 2")
     for row, line in enumerate(panels):
         for panel, (name, pictures) in zip(line, columns.items(), strict=True):
             shown = pictures[row].cpu().numpy()
@@ -100,9 +99,18 @@ def plot_examples(
             if row == 0:
                 panel.set_title(name)
     handles = [Patch(color=color, label=name) for color, name in zip(colors, segments, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(segments), 6))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=7
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def segment_colors(count: int) -> list[tuple[float, float, float]]:
+    """RGB in [0, 1]: dark for the first segment, then hues that differ between neighbours."""
+    hues = [plt.get_cmap("tab20").colors, plt.get_cmap("tab20b").colors]
+    more = [plt.get_cmap("hsv")(place * 0.618 % 1)[:3] for place in range(count)]
+    return [(0.13, 0.13, 0.13), *hues[0], *hues[1], *more][:count]
 
 
 def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
@@ -110,7 +118,6 @@ def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
     styles = {
         "transfer": ("pretrained, both stages", "tab:green", "-"),
         "scratch": ("from scratch, equal compute", BASELINE, "-"),
-        "scratch_equal_steps": ("from scratch, equal steps", BASELINE, ":"),
     }
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for method, (label, color, style) in styles.items():

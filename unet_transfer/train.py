@@ -1,8 +1,8 @@
 """U-Net with a down part pretrained by classification, then fine-tuned in two stages.
 
 The down part learns to classify images, of which there are many; for segmentation, with few masks,
-it is frozen while the up part learns (stage 1), then both learn (stage 2). Beside it a U-Net from
-scratch, with the same number of segmentation steps and with the same total compute.
+it is frozen while the up part learns (stage 1), then both learn (stage 2). The baseline is a U-Net
+from scratch with the same total compute.
 
 Run it with `python unet_transfer/train.py`, or `python unet_transfer/train.py --mask_count 50`.
 """
@@ -55,7 +55,8 @@ from run import (
     try_plot,
 )
 
-METHODS = ("stage1", "transfer", "scratch", "scratch_equal_steps")
+METHODS = ("stage1", "transfer", "scratch")
+SHOWN = 6  # test images in examples.png
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Stage(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """The four ways to a U-Net, for one number of masks and one seed."""
+    """The three ways to a U-Net, for one number of masks and one seed."""
 
     metrics: dict
     models: dict[str, UNet]
@@ -162,7 +163,7 @@ def load_task(config: Config, device: torch.device) -> Task:
 
 
 def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int) -> Compared:
-    """Pretraining, stage 1 and stage 2 and, as baselines, two U-Nets from scratch.
+    """Pretraining, stage 1 and stage 2 and, as a baseline, a U-Net from scratch.
 
     All U-Nets begin with the same up part. Pretraining does not depend on the number of masks:
     after an earlier call with the same seed its weights are there already.
@@ -188,14 +189,14 @@ def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int
     train("transfer", unet, plan("transfer", config.stage2_epochs, rates))
     models["transfer"] = unet
 
-    compute = sum(flops.values()) / flops["transfer"] * config.stage2_epochs
-    equal_steps = config.stage1_epochs + config.stage2_epochs
-    budgets = {"scratch": round(compute), "scratch_equal_steps": equal_steps}
-    for name, count in budgets.items() if config.compare else ():
-        models[name] = new_model(UNet, task, config, seed)
-        train(name, models[name], plan(name, count, {models[name]: config.scratch_lr}))
+    if config.compare:
+        compute = sum(flops.values()) / flops["transfer"] * config.stage2_epochs
+        scratch = models["scratch"] = new_model(UNet, task, config, seed)
+        train("scratch", scratch, plan("scratch", round(compute), {scratch: config.scratch_lr}))
 
     metrics = test(task, classifier, models, config.batch_size)
+    counts = {"train": len(masks.x), "val": len(task.segmentation.val.x)}
+    metrics["masks"] = counts | {"test": len(task.segmentation.test.x)}
     metrics["compute"] = {
         name: cost / flops["transfer"] * config.stage2_epochs for name, cost in flops.items()
     }
@@ -389,6 +390,21 @@ def headline(metrics: dict) -> dict[str, float]:
     return numbers | {f"{method}_miou": metrics[method]["test_miou"] for method in methods}
 
 
+def spread_out(examples: Examples, model: UNet, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Test images and masks from the worst to the best by the model's mIoU on each, in even steps
+    of their rank.
+    """
+    scores = []
+    for x, y in batches(examples, batch_size):
+        for guess, own in zip(predict(model, x), y, strict=True):
+            confusion = confusion_matrix(guess, own, model.up.head.out_channels, IGNORE)
+            scores.append(segmentation_metrics(confusion)["miou"])
+    ranked = torch.tensor(scores).nan_to_num(-1).argsort(stable=True)
+    places = torch.linspace(0, len(ranked) - 1, min(SHOWN, len(ranked))).round().long()
+    chosen = ranked[places].to(examples.x.device)
+    return next(batches(Examples(examples.x[chosen], examples.y[chosen]), SHOWN))
+
+
 def plot_results(metrics: dict, compared: Compared, task: Task, config: Config, run: Path) -> None:
     names = {"transfer": "pretrained", "scratch": "from scratch"}
     title = f"{task.name}, {config.mask_count} masks: test mIoU " + ", ".join(
@@ -397,7 +413,7 @@ def plot_results(metrics: dict, compared: Compared, task: Task, config: Config, 
         if method in metrics
     )
     try_plot(plot_curves, compared.history, metrics["compute"], title, run / "curves.png")
-    x, y = next(batches(task.segmentation.test, 4))
+    x, y = spread_out(task.segmentation.test, compared.models["transfer"], config.batch_size)
     shown = [name for name in ("scratch", "stage1", "transfer") if name in compared.models]
     masks = {name: predict(compared.models[name], x) for name in shown}
     try_plot(plot_examples, x, y, masks, task.segments, title, run / "examples.png")
