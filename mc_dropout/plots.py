@@ -273,7 +273,7 @@ def plot_active(active: dict, dataset: str, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], measure: str, path: Path) -> None:
+def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], path: Path) -> None:
     """Rows of at most eight pictures, uint8 (C, H, W), each with what is said of it, by row."""
     rows = len(pictures)
     figure, panels = plt.subplots(
@@ -287,6 +287,6 @@ def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], measure: str, p
             panel.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap="gray")
             panel.set_title(plain_text(text), fontsize=8)
         row[0].set_ylabel(name, fontsize=9)
-    figure.suptitle(f"your pictures by {measure}")
+    figure.suptitle("your pictures, by the entropy of what is predicted")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -42,7 +42,7 @@ def main() -> None:
             table.writerows(rows)
             count += len(rows)
             keep_extremes(extremes, rows, x)
-    report(extremes, count, bad, folder)
+    report_extremes(extremes, count, bad, folder)
 
 
 def load_network(saved: dict) -> nn.Sequential:
@@ -84,7 +84,7 @@ def keep_extremes(extremes: dict[str, list], rows: list[tuple], x: Tensor) -> No
         extremes[kind] = sorted(found, key=lambda pair: sign * pair[0][3])[:SHOWN]
 
 
-def report(extremes: dict[str, list], count: int, bad: list[str], folder: Path) -> None:
+def report_extremes(extremes: dict[str, list], count: int, bad: list[str], folder: Path) -> None:
     """The picture, a short table, what could not be read, the folder."""
     if not count:
         raise DataError(f"no picture could be read, the first: {bad[0]}")
@@ -92,7 +92,7 @@ def report(extremes: dict[str, list], count: int, bad: list[str], folder: Path) 
         kind: [(f"{row[1]} ({row[2]:.0%})", picture.clone()) for row, picture in found]
         for kind, found in extremes.items()
     }
-    try_plot(plot_extremes, shown, "entropy of MC dropout", folder / "certainty.png")
+    try_plot(plot_extremes, shown, folder / "certainty.png")
     print("  ".join(COLUMNS))
     for row, _ in extremes["least certain"]:
         print("  ".join(map(str, row)))
