@@ -361,7 +361,10 @@ def test_digits_and_what_is_strange_to_them():
     distance = torch.cdist(digits.test.x.flatten(1).float(), means.flatten(1))
     assert (distance.argmin(1) == digits.test.y).double().mean() > 0.85  # images keep their class
     assert list(digits.strange) == ["photographs", "turned by 90°"]
-    assert digits.strange["photographs"].shape == (719, 1, 16, 16)
+    crops = digits.strange["photographs"].float()
+    assert crops.shape == (719, 1, 16, 16)
+    assert digits.test.x[..., 0, 0].float().mean() < 5 < 30 < crops[..., 0, 0].mean()
+    assert (crops.mean((1, 2, 3)).std() > 20) and (crops.std((1, 2, 3)) > 3).double().mean() > 0.9
     turned = digits.test.x.rot90(1, (2, 3)).float()
     assert (digits.strange["turned by 90°"].float() - turned).abs().max() <= 1
 
@@ -517,7 +520,8 @@ def momentum(step: int, steps: int) -> float:
 
 def test_two_steps_by_hand():
     """Forward with dropout, cross-entropy, AdamW with its decay, the one-cycle rate."""
-    config = config_of("--epoch_steps", "2", "--epochs", "10", "--batch_size", "7")
+    flags = ["--epoch_steps", "2", "--epochs", "10", "--batch_size", "7", "--weight_decay", "0.3"]
+    config = config_of(*flags)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
     images = DATA.Images(x, torch.randint(3, (12,), generator=generator))
