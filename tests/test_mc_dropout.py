@@ -364,7 +364,7 @@ def test_digits_and_what_is_strange_to_them():
     crops = digits.strange["photographs"].float()
     assert crops.shape == (719, 1, 16, 16)
     assert digits.test.x[..., 0, 0].float().mean() < 5 < 30 < crops[..., 0, 0].mean()
-    assert (crops.mean((1, 2, 3)).std() > 20) and (crops.std((1, 2, 3)) > 3).double().mean() > 0.9
+    assert (crops.mean((1, 2, 3)).std() > 20) and (crops.std((1, 2, 3)) > 3).double().mean() > 0.7
     turned = digits.test.x.rot90(1, (2, 3)).float()
     assert (digits.strange["turned by 90°"].float() - turned).abs().max() <= 1
 
