@@ -807,6 +807,15 @@ def test_the_last_weights_are_those_after_all_steps(monkeypatch, tmp_path):
     assert not torch.equal(left[0]["0.weight"], left[1]["0.weight"])
 
 
+def test_each_run_begins_with_weights_of_its_own():
+    config = config_of()
+    data = TRAIN.load_data(config, torch.device("cpu"))
+    first, again, other = (TRAIN.new_network(data, config, number) for number in (0, 0, 1))
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+    assert first[-2].p == first[-5].p == config.dropout
+
+
 def numbers_of(data: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict:
     """Rows, weights and metrics of a tiny run on `data`, without pictures and timing."""
     with monkeypatch.context() as patch:
