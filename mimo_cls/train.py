@@ -205,18 +205,19 @@ def count_cost(data: Data, config: Config) -> dict[str, float]:
 def plans(config: Config, number: int) -> dict[str, list[Plan]]:
     """The networks of each arm in run `number`; the predictions of an arm's networks are averaged.
 
-    small: M networks with as many parameters together as the twin, which go with the square of the
-    width. deep: M twins, those of this run and the next ones: the bound, at M times the cost.
+    deep: M twins, those of this run and the next ones: the bound, at M times the cost. small, in the
+    study: M networks with as many parameters together as the twin, which go with the width squared.
     """
     members = config.members
     found = {"mimo": [Plan(config.width, members, config.input_repetition, number)]}
     if config.compare:
         found["twin"] = [Plan(config.width, 1, 0.0, number)]
-        width, first = config.width / math.sqrt(members), number * members
-        found["small"] = [Plan(width, 1, 0.0, first + place) for place in range(members)]
         if config.runs >= members:
             numbers = [(number + place) % config.runs for place in range(members)]
             found["deep"] = [Plan(config.width, 1, 0.0, one) for one in numbers]
+    if config.study:
+        width, first = config.width / math.sqrt(members), number * members
+        found["small"] = [Plan(width, 1, 0.0, first + place) for place in range(members)]
     return found
 
 

@@ -1,10 +1,12 @@
 """mimo_cls: what ports get wrong, scores against brute force, and the experiment itself."""
 
 import csv
+import functools
 import itertools
 import json
 import math
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -516,7 +518,8 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_arms_have_the_networks_and_the_cost_that_they_claim():
-    config = config_of("--members", "4", "--width", "4", "--runs", "5", "--depth", "10")
+    flags = ["--members", "4", "--width", "4", "--runs", "5", "--study", "true"]
+    config = config_of(*flags)
     arms = TRAIN.plans(config, 3)
     assert arms["twin"] == [TRAIN.Plan(4, 1, 0.0, 3)]
     assert arms["mimo"] == [TRAIN.Plan(4, 4, 0.0, 3)]
@@ -529,6 +532,7 @@ def test_arms_have_the_networks_and_the_cost_that_they_claim():
     for name, value in twin.items():
         assert 4 * small[name] == pytest.approx(value, rel=0.08), name
     assert "deep" not in TRAIN.plans(config_of("--members", "3"), 0)  # there are but two runs
+    assert list(TRAIN.plans(config_of(), 0)) == ["mimo", "twin", "deep"]
     assert list(TRAIN.plans(config_of("--compare", "false"), 0)) == ["mimo"]
 
 
@@ -742,8 +746,17 @@ def by_hand(probs: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"accuracy": hit.mean(), "nll": log_loss(y, probs, labels=range(10)), "ece": ece}
 
 
+@functools.cache
+def studied() -> tuple[Path, dict]:
+    """A tiny run with the study, which has all arms."""
+    flags = ["--study", "true", "--study_widths", "1", "--study_members", "2"]
+    flags += ["--study_repetitions", "0,0.5", "--out_dir", tempfile.mkdtemp(prefix="mimo_cls-")]
+    folder = train("mimo_cls", *TINY, *flags)
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
 def test_the_headline_is_computed_again_from_the_saved_weights():
-    folder, report = tiny()
+    folder, report = studied()
     known = data.load_digits(8, 40, 20, 0)
     y, odd = known.test.y.numpy(), known.strange["photographs without a digit"]
     thin = [(f"w0.7071-M1-rho0-run{n}", 1 / math.sqrt(2), 1) for n in range(4)]
@@ -788,7 +801,7 @@ def test_what_a_run_leaves():
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == {"curves", "reliability", "corruption", "disagreement", "independence"}
     stages = [row["stage"] for row in rows_of(folder)]
-    assert len(stages) == 2 * (2 + 2 + 4) and len(set(stages)) == 8
+    assert len(stages) == 2 * (2 + 2) and len(set(stages)) == 4
     assert report["metrics"]["overhead"]["parameters_percent"] > 0
     state = torch.load(folder / "model.pt", weights_only=True)["weights"]
     for name, value in network_of(folder, "w1-M2-rho0-run0", 1, 2).state_dict().items():
@@ -838,12 +851,12 @@ def test_what_each_part_of_the_data_may_move(tmp_path, monkeypatch):
     for change in ({"y": val.y.flip(0)}, {"x": 255 - val.x}):
         found = moved(val=val._replace(**change))
         assert "val" in found and not losses & found
-        fits = {f"{arm} temperature" for arm in ("mimo", "twin", "small", "deep")}
+        fits = {f"{arm} temperature" for arm in ("mimo", "twin", "deep")}
         assert {name for name in fits if before[name]["mean"] < 99} <= found  # else at its bound
     found = moved(test=test._replace(y=(test.y + 1) % 10))
     stay = {name for name in before if "auroc" in name or "temperature" in name}
     assert not found & (stay | fitted | by_epoch)
-    for arm in ("mimo", "twin", "small", "deep", "member"):
+    for arm in ("mimo", "twin", "deep", "member"):
         assert {f"{arm} nll", f"{arm} corrupted_nll", f"{arm} nll_tempered"} <= found
     found = moved(test=test._replace(x=255 - test.x))
     assert not found & (fitted | {"val"} | {name for name in before if "temperature" in name})
@@ -905,18 +918,16 @@ def test_the_study_compares_each_ensemble_with_the_twin_of_its_width(tmp_path, m
     assert (tmp_path / "room.png").is_file()
 
 
-def test_the_study_trains_what_it_says(tmp_path):
-    flags = ["--study", "true", "--study_widths", "1", "--study_members", "2"]
-    flags += ["--study_repetitions", "0,0.5", "--out_dir", tmp_path]
-    folder = train("mimo_cls", *TINY, *flags)
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+def test_the_study_trains_what_it_says():
+    folder, report = studied()
+    metrics = report["metrics"]
     same, other = metrics["study"]
     assert same["twin"]["nll"] == metrics["arms"]["twin"]["nll"]
     assert same["mimo"]["corrupted_nll"] == metrics["arms"]["mimo"]["corrupted_nll"]
     assert other["mimo"]["nll"] != same["mimo"]["nll"]
     assert same["mimo"]["disagreement"]["mean"] == metrics["diversity"]["disagreement"]
     stages = {row["stage"] for row in rows_of(folder)}
-    assert len(stages) == 8 + 2  # what the arms have trained is not trained again
+    assert len(stages) == 4 + 4 + 2  # what the arms have trained is not trained again
 
 
 # --- one's own pictures -----------------------------------------------------------------------
