@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,26 +13,82 @@ from torch import Tensor
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 BASELINE, METHOD = "tab:gray", "tab:green"
 BINS = 15
+NAMES = {"standard": "standard dropout (off)", "mc": "MC dropout"}
+COLORS = {"standard": BASELINE, "mc": METHOD}
+MEASURES = {
+    "standard_entropy": ("entropy, standard dropout", BASELINE, "-"),
+    "mc_entropy": ("entropy, MC dropout", METHOD, "--"),
+    "mutual_information": ("mutual information, MC dropout", METHOD, "-"),
+}
 
 
-def plot_passes(metrics: dict, dataset: str, runs: int, path: Path) -> None:
+def plot_worth(metrics: dict, risks: dict[str, Tensor], title: str, path: Path) -> None:
+    """NLL without and with a temperature, risk against coverage, AUROC of strange images.
+
+    `risks` holds the error rate (R, N) among the most certain images, by measure and run.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    test, at = metrics["test"], metrics["report_passes"] - 1
+    for number, side in enumerate(name for name in NAMES if name in test):
+        for place, method in enumerate((side, f"{side}_tempered")):
+            mean, sd = (np.atleast_1d(test[method]["nll"][key]) for key in ("mean", "sd"))
+            mean, sd = (values[min(at, len(values) - 1)] for values in (mean, sd))
+            bar = left.bar(
+                place + 0.4 * number - 0.2, mean, 0.36, yerr=sd, color=COLORS[side], capsize=3
+            )
+            left.bar_label(bar, fmt="%.3f", fontsize=8)
+            if place == 0:
+                bar.set_label(NAMES[side])
+    if "ensemble" in metrics:
+        for place, key in enumerate(("plain", "tempered")):
+            value = metrics["ensemble"][key]["nll"]
+            left.plot(place + np.array([-0.4, 0.4]), [value] * 2, "k:")
+        left.plot([], [], "k:", label=f"ensemble of the {metrics['ensemble']['networks']} networks")
+    left.set_xticks([0, 1], ["as they are", "with a temperature"])
+    left.set_ylabel("test NLL (nats)")
+    left.margins(y=0.25)
+    left.legend(loc="upper right", fontsize=8)
+    for kind, values in risks.items():
+        label, color, style = MEASURES[kind]
+        coverage = 100 * np.arange(1, values.shape[1] + 1) / values.shape[1]
+        error = 100 * values.mean(0).numpy()
+        middle.plot(coverage, error, style, color=color, label=label)
+    middle.set(xlabel="images answered, the most certain first (%)", ylabel="error rate (%)")
+    middle.set_ylim(bottom=0)
+    groups = metrics["auroc"]
+    for number, kind in enumerate(risks):
+        label, color, style = MEASURES[kind]
+        found = [groups[name][kind] for name in groups]
+        hatch = "///" if style == "--" else None
+        at = np.arange(len(found)) + 0.27 * (number - 1)
+        errors = [one["sd"] for one in found]
+        values = [one["mean"] for one in found]
+        right.bar(at, values, 0.25, yerr=errors, color=color, alpha=0.8, hatch=hatch, label=label)
+    right.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    right.set_xticks(range(len(groups)), list(groups))
+    right.set(ylabel="AUROC of strange images", ylim=(0.4, 1))
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(f"{title}: mean and sd of {metrics['runs']} runs")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_passes(metrics: dict, title: str, path: Path) -> None:
     """NLL and error rate against the number of passes, on test and training images."""
     figure, grid = plt.subplots(2, 2, sharex=True, figsize=(9, 6), layout="constrained")
-    for axes, (split, score) in zip(
-        grid.T.flat, [(s, n) for s in ("test", "train") for n in ("nll", "accuracy")], strict=True
-    ):
+    panels = [(split, score) for split in ("test", "train") for score in ("nll", "accuracy")]
+    for axes, (split, score) in zip(grid.T.flat, panels, strict=True):
         numbers = metrics[split]
         passes = np.arange(1, len(numbers["mc"]["nll"]["mean"]) + 1)
-        if "logit_averaging" in numbers:
-            label = "logits averaged instead"
-            mean, _ = as_drawn(numbers["logit_averaging"], score)
-            axes.plot(passes, mean, ":", color="black", linewidth=1.2, label=label)
-        for method, color in (("standard", BASELINE), ("mc", METHOD)):
+        mean, _ = as_drawn(numbers["logit_averaging"], score)
+        axes.plot(passes, mean, ":", color="black", linewidth=1.2, label="logits averaged instead")
+        for method in (name for name in NAMES if name in numbers):
             mean, sd = (
                 np.broadcast_to(part, passes.shape) for part in as_drawn(numbers[method], score)
             )
-            label = "MC dropout" if method == "mc" else "standard dropout (off)"
-            axes.plot(passes, mean, color=color, linewidth=2, label=label)
+            color = COLORS[method]
+            axes.plot(passes, mean, color=color, linewidth=2, label=NAMES[method])
             axes.fill_between(passes, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
         axes.set_xscale("log")
         ticks = [count for count in (1, 2, 5, 10, 20, 50, 100, 1000) if count <= len(passes)]
@@ -44,10 +101,7 @@ def plot_passes(metrics: dict, dataset: str, runs: int, path: Path) -> None:
         else:
             axes.set_xlabel("forward passes T averaged")
     grid[0, 0].legend()
-    test, at = metrics["test"], metrics["report_passes"]
-    standard, mc = test["standard"]["accuracy"]["mean"], test["mc"]["accuracy"]["mean"][at - 1]
-    result = f"test error {1 - standard:.2%} with standard dropout, {1 - mc:.2%} with {at} passes"
-    figure.suptitle(f"{dataset}, mean and sd of {runs} runs: {result}")
+    figure.suptitle(f"{title}: mean and sd of {metrics['runs']} runs")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -63,15 +117,16 @@ def plot_rotation(
     angles: list[int],
     probs: dict[str, Tensor],
     classes: tuple[str, ...],
-    dataset: str,
+    title: str,
     path: Path,
 ) -> None:
     """One image, turned by each of `angles` (A images), and its probabilities of four classes.
 
-    A dot for each pass of probs["mc"] (T, A, C), a line for probs["standard"] (A, C).
+    A dot for each pass of probs["mc"] (T, A, C), a line for probs["standard"] (A, C) if it is
+    there.
     """
-    mc, standard = probs["mc"].numpy(), probs["standard"].numpy()
-    shown = np.sort(np.argsort(-(mc.mean(0) + standard).sum(0))[:4])
+    mc = probs["mc"].numpy()
+    shown = np.sort(np.argsort(-mc.mean(0).sum(0))[:4])
     figure = plt.figure(figsize=(9, 5.6), layout="constrained")
     rows = figure.subfigures(3, 1, height_ratios=(1, 3.0, 3.0))
     for panel, image in zip(rows[0].subplots(1, len(angles)), x, strict=True):
@@ -83,19 +138,26 @@ def plot_rotation(
             place = (np.asarray(angles) + jitter).ravel()
             axes.scatter(place, mc[..., label].ravel(), s=5, color=METHOD, alpha=0.35, linewidth=0)
             axes.plot(angles, mc[..., label].mean(0), color=METHOD, label="MC dropout, mean")
-            axes.plot(angles, standard[:, label], "--", color=BASELINE, label="standard dropout")
-            axes.set(ylim=(-0.03, 1.03), xticks=angles[::2], ylabel=f"p(class {classes[label]})")
+            if "standard" in probs:
+                line = probs["standard"][:, label].numpy()
+                axes.plot(angles, line, "--", color=BASELINE, label=NAMES["standard"])
+            axes.set(ylim=(-0.03, 1.03), xticks=angles[::2])
+            axes.set_ylabel(f"p(class {plain_text(classes[label])})")
             if label == shown[0]:
                 axes.legend()
     figure.supxlabel("rotation (degrees)", fontsize=10)
-    title = f"{dataset}: a test image turned; each dot is one of {len(mc)} passes with dropout on"
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: a test image turned; a dot for each of {len(mc)} passes")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+def plain_text(name: str) -> str:
+    """For a title: a `$` would begin a formula."""
+    return name.replace("$", r"\$")
+
+
 def plot_reliability(
-    log_probs: dict[str, Tensor], y: Tensor, ece: dict[str, float], dataset: str, path: Path
+    log_probs: dict[str, Tensor], y: Tensor, ece: dict[str, float], title: str, path: Path
 ) -> None:
     """Accuracy against confidence in 15 bins, test images (R, N, C) of all runs pooled.
 
@@ -106,9 +168,8 @@ def plot_reliability(
     )
     top.plot([0, 1], [0, 1], ":", color="black", linewidth=1, label="calibrated")
     edges = np.linspace(0, 1, BINS + 1)
-    styles = {"standard": ("standard dropout", BASELINE), "mc": ("MC dropout", METHOD)}
-    for method, (name, color) in styles.items():
-        label = f"{name}, ECE {ece[method]:.4f}"
+    for method in (name for name in NAMES if name in log_probs):
+        color = COLORS[method]
         confidence, predicted = (part.numpy() for part in log_probs[method].exp().max(-1))
         hit = predicted == y.numpy()
         number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
@@ -118,35 +179,114 @@ def plot_reliability(
             np.bincount(number.ravel(), part.ravel(), BINS)[full] / count[full]
             for part in (confidence, hit)
         ]
-        top.plot(*mean, "o-", color=color, label=label)
+        top.plot(*mean, "o-", color=color, label=f"{NAMES[method]}, ECE {ece[method]:.4f}")
         bottom.stairs(count, edges, color=color, linewidth=1.5)
     bottom.set_yscale("log")
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1.01))
-    figure.suptitle(f"{dataset}: reliability on test images, {len(log_probs['mc'])} runs pooled")
+    figure.suptitle(f"{title}: reliability on test images, {len(log_probs['mc'])} runs pooled")
     top.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def plot_certainty(
-    x: Tensor, y: Tensor, probs: Tensor, classes: tuple[str, ...], dataset: str, path: Path
+    x: Tensor, y: Tensor, probs: Tensor, classes: tuple[str, ...], title: str, path: Path
 ) -> None:
     """The ten most and the twenty least certain images by the entropy of `probs` (N, C)."""
     uncertainty = -(probs * probs.clamp(min=1e-300).log()).sum(-1)
     order = uncertainty.argsort()
     chosen = [*order[:10], *order.flip(0)[:20]]
     figure, panels = plt.subplots(3, 10, figsize=(9, 4.2), layout="constrained")
+    for panel in panels.flat:
+        panel.set_xticks([])
+        panel.set_yticks([])
     for panel, number in zip(panels.flat, chosen, strict=False):
         predicted = int(probs[number].argmax())
         panel.imshow(x[number].permute(1, 2, 0).squeeze(-1), cmap="gray")
-        panel.set_xticks([])
-        panel.set_yticks([])
         color = "black" if predicted == y[number] else "red"
         text = f"{classes[predicted]} ({probs[number].max():.0%})\ntrue {classes[y[number]]}"
-        panel.set_title(text, fontsize=8, color=color)
+        panel.set_title(plain_text(text), fontsize=8, color=color)
     for row, name in enumerate(("most certain", "least certain", "least certain")):
         panels[row, 0].set_ylabel(name, fontsize=9)
-    figure.suptitle(f"{dataset}: test images by entropy of MC dropout (red: wrong)")
+    figure.suptitle(f"{title}: test images by entropy of MC dropout (red: wrong)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_study(study: dict, dataset: str, path: Path) -> None:
+    """NLL as it is and with a temperature, and AUROC, against the number of training images."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
+    counts = [int(count) for count in study]
+    texts = {"": "test NLL (nats)", "_tempered": "test NLL with a temperature (nats)"}
+    for axes, (suffix, text) in zip(panels, texts.items(), strict=False):
+        for side in NAMES:
+            found = [one[f"{side}{suffix}"]["nll"] for one in study.values()]
+            draw_band(axes, counts, found, label=NAMES[side], color=COLORS[side])
+        axes.set(ylabel=text, ylim=(0, None))
+    for kind, (label, color, style) in MEASURES.items():
+        found = [one["auroc"]["photographs"][kind] for one in study.values()]
+        draw_band(panels[2], counts, found, label=label, color=color, linestyle=style)
+    panels[2].set_ylabel("AUROC of photographs")
+    for axes in panels:
+        axes.set(xlabel="training images", xscale="log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    panels[0].legend()
+    panels[2].legend(fontsize=8)
+    figure.suptitle(f"{dataset}: with how many labels leaving dropout on pays (mean and sd)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_band(axes: plt.Axes, x: list, found: list[dict], *, color: str, **style: str) -> None:
+    """A line of means in a band of standard deviations."""
+    mean, sd = (np.array([one[key] for one in found]) for key in ("mean", "sd"))
+    axes.plot(x, mean, marker="o", markersize=4, color=color, **style)
+    axes.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
+
+
+def plot_active(active: dict, dataset: str, path: Path) -> None:
+    """Test accuracy against labels for each way to ask for them, and what it has over random."""
+    styles = {
+        "random": ("random", "black", ":"),
+        "entropy": ("entropy, dropout off", BASELINE, "-"),
+        "margin": ("margin, dropout off", BASELINE, "--"),
+        "coreset": ("coreset (k-means)", "tab:brown", "-"),
+        "mc_entropy": ("entropy, MC dropout", METHOD, "--"),
+        "bald": ("BALD", METHOD, "-"),
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for method, (label, color, style) in styles.items():
+        mean = 100 * np.array(active[method]["mean"])
+        left.plot(active["labels"], mean, style, color=color, label=label)
+        more = {key: 100 * np.array(x) for key, x in active[method]["minus_random"].items()}
+        right.plot(active["labels"], more["mean"], style, color=color)
+        if method in ("entropy", "bald"):
+            low, high = (more["mean"] + sign * more["standard_error"] for sign in (-1, 1))
+            right.fill_between(active["labels"], low, high, color=color, alpha=0.2, linewidth=0)
+    left.set(xlabel="labels", ylabel="test accuracy (%)")
+    right.set(xlabel="labels", ylabel="points over random (band: ± 1 standard error)")
+    left.legend()
+    figure.suptitle(f"{dataset}: active learning, dropout off when tested")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], path: Path) -> None:
+    """Rows of at most eight pictures, uint8 (C, H, W), each with what is said of it, by row."""
+    rows = len(pictures)
+    figure, panels = plt.subplots(
+        rows, 8, squeeze=False, figsize=(10, 1.9 * rows + 0.4), layout="constrained"
+    )
+    for row, (name, shown) in zip(panels, pictures.items(), strict=True):
+        for panel in row:
+            panel.set_xticks([])
+            panel.set_yticks([])
+        for panel, (text, picture) in zip(row, shown, strict=False):
+            panel.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap="gray")
+            panel.set_title(plain_text(text), fontsize=8)
+        row[0].set_ylabel(name, fontsize=9)
+    figure.suptitle("your pictures, by the entropy of what is predicted")
     figure.savefig(path, dpi=150)
     plt.close(figure)

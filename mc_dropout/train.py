@@ -1,127 +1,203 @@
-"""Monte Carlo dropout against ordinary dropout, in paired runs of a small CNN on digits.
+"""Monte Carlo dropout against ordinary dropout, in paired runs of a small CNN with few labels.
 
 Each run trains one network. Standard dropout switches its dropout off at inference; MC dropout
 leaves it on and averages the probabilities of 1..T passes of the same weights.
 
-Run it with `python mc_dropout/train.py`, or `python mc_dropout/train.py --dropout 0.5`.
+Run it with `python mc_dropout/train.py`, or `python mc_dropout/train.py --train_images 400`.
 """
 
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Data, DataError, Images, as_float, batches, load, rotate
+from data import Data, DataError, Images, as_float, choose, load, rotate, training_batches
 from model import (
+    acquire,
+    auroc,
     average_logits,
     average_probs,
+    best_temperature,
     entropy,
     make_cnn,
     mc_logits,
+    mean_and_sd,
     mutual_information,
     paired_difference,
+    risks,
     scores,
-    spread,
     standard_logits,
-    together,
+    temper,
 )
-from plots import plot_certainty, plot_passes, plot_reliability, plot_rotation
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from plots import (
+    plot_active,
+    plot_certainty,
+    plot_passes,
+    plot_reliability,
+    plot_rotation,
+    plot_study,
+    plot_worth,
+)
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Share,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
+METHODS = ("random", "entropy", "margin", "coreset", "mc_entropy", "bald")
+SHOWN = 5000  # training images, at most, in the curves over the passes
+VAL_PASSES = 20  # behind a row's val_mc_loss
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "mnist", "folder", "digits"]
+    dataset: Literal["digits", "mnist", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    image_size: int
-    runs: int
-    at_once: int
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    widths: tuple[int, ...]
-    hidden: int
-    dropout: float
-    passes: int
-    report_passes: int
-    chunk_images: int
-    chunk_passes: int
-    train_images: int
-    ood_angle: float
+    seed: Seed
+    image_size: Annotated[int, ">= 8", "<= 128"]
+    train_images: Count
+    runs: Annotated[int, ">= 2", "<= 1000"]
+    epochs: Epochs
+    epoch_steps: Count
+    batch_size: Batch
+    lr: Rate
+    weight_decay: Decay
+    widths: tuple[Width, ...]
+    hidden: Width
+    dropout: Share
+    passes: Annotated[int, ">= 1", "<= 10000"]
+    report_passes: Annotated[int, ">= 1", "<= 10000"]
+    compare: bool
+    study: bool
+    study_images: tuple[Count, ...]
+    active: bool
+    active_start: Count
+    active_step: Count
+    active_rounds: Annotated[int, ">= 1", "<= 1000"]
+    active_pool: Count
+    active_seeds: Annotated[int, ">= 2", "<= 100"]
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "weight_decay": 0, "image_size": 8, "runs": 2, "ood_angle": -360}
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (str, Path)):
-                continue
-            if name in least and min(numbers) < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {min(numbers)}")
-            if name not in least and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-        if not self.dropout < 1:
-            raise ValueError(f"dropout: expected less than 1, found {self.dropout}")
-        for name, most in (("report_passes", "passes"), ("at_once", "runs")):
-            if getattr(self, name) > getattr(self, most):
-                limit = f"at most {most} ({getattr(self, most)})"
-                raise ValueError(f"{name}: expected {limit}, found {getattr(self, name)}")
+        if self.report_passes > self.passes:
+            limit = f"at most passes ({self.passes})"
+            raise ValueError(f"report_passes: expected {limit}, found {self.report_passes}")
+        for name in ("study", "active"):
+            if getattr(self, name) and not self.compare:
+                raise ValueError(f"{name}: expected false where compare is false")
+        needed = self.active_start + self.active_step * self.active_rounds
+        if self.active and needed > self.active_pool:
+            raise ValueError(f"active_pool: expected at least the {needed} labels asked for")
+
+
+class Answers(NamedTuple):
+    """What a network says of some images."""
+
+    log_probs: dict[str, Tensor]  # [method] (N, C); of MC dropout after report_passes
+    uncertainty: dict[str, Tensor]  # [measure] (N,) in nats
+    curves: dict[str, dict[str, Tensor]]  # [method][score] (T,), where classes are known
 
 
 class Outcome(NamedTuple):
     """What one run's network says; logits become scores here, so little is kept."""
 
     scores: dict[str, dict[str, dict[str, Tensor]]]  # [split][method][score]: () or (T,)
-    auroc: dict[str, dict[str, Tensor]]  # [out of distribution][uncertainty]
-    log_probs: dict[str, Tensor]  # [method] (N, C) of the test images
+    risks: dict[str, Tensor]  # [uncertainty] (N,) by coverage, on test images
+    auroc: dict[str, dict[str, float]]  # [strange images][uncertainty]
+    log_probs: dict[str, dict[str, Tensor]]  # [method][val, test, strange images] (N, C)
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
+    data = load_data(config, device)
+    open_run(run, config, data.name, data.train, data.val, data.test, data.strange)
+    labelled = choose(data.train, config.train_images, config.seed)
+    count = config.runs if config.compare else 1
+    networks = [fit(f"run{n}", labelled, data, config, run, n) for n in range(count)]
+    numbers = tqdm(range(count), "evaluating", leave=False, disable=None)
+    outcomes = [assess(networks[n], labelled, data, config, n) for n in numbers]
+    metrics = summarise(outcomes, config)
+    if config.compare:
+        metrics["ensemble"] = assess_ensemble(outcomes, data)
+    if config.study:
+        metrics["study"] = study(data, config, run)
+    if config.active:
+        metrics["active"] = active_learning(data, config, run)
+    metrics["timing"] = time_passes(networks[0], data.test.x)
+    plot_results(metrics, outcomes, networks[0], data, config, run)
+    save_model(networks[0], data, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=data.name,
+        headline=headline(metrics, config),
+        metrics=metrics,
+        use=f"python mc_dropout/predict.py {run} PICTURE...",
+    )
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """The data on the device. Raises DataError if there are fewer images than asked for."""
     data = load(
         dataset=config.dataset,
         data_dir=config.data_dir,
         image_size=config.image_size,
         seed=config.seed,
     )
+    wanted = {"train_images": config.train_images}
+    if config.study:
+        wanted["study_images"] = max(config.study_images)
+    if config.active:
+        wanted["active_pool"] = config.active_pool
+    for key, count in wanted.items():
+        if count > len(data.train.x):
+            there = f"{data.name} has only {len(data.train.x)} images to train on"
+            raise DataError(f"{key}: {there}, not {count}")
     print(data.note)
-    data = data.to(device)
-    networks, seconds = train(data, config, run)
-
-    numbers = tqdm(range(config.runs), "evaluating", leave=False, disable=None)
-    outcomes = [judge(networks[number], data, config, number) for number in numbers]
-    metrics = summarise(outcomes, config)
-    metrics["timing"] = {"train_seconds": seconds} | time_passes(networks[0], data.test.x, config)
-    draw(metrics, outcomes, networks[0], data, config, run)
-    finish_run(run, config, dataset=data.name, headline=headline(metrics, config), metrics=metrics)
+    return data.to(device)
 
 
 # --- training ---------------------------------------------------------------------------------
 
 
-def train(data: Data, config: Config, run: Path) -> tuple[list[nn.Sequential], float]:
-    """The trained networks of all runs, `at_once` of them at a time, and the seconds it took."""
-    networks = [new_network(data, config, number) for number in range(config.runs)]
-    seconds = 0.0
-    for first in range(0, config.runs, config.at_once):
-        group = dict(enumerate(networks[first : first + config.at_once], first))
-        rows = fit(group, data.train, data.val, config, run)
-        seconds += sum(row["seconds"] for row in rows)
-    return networks, seconds
+def fit(
+    stage: str, labelled: Images, data: Data, config: Config, run: Path, number: int
+) -> nn.Sequential:
+    """The network of run `number` with its last weights: no side's validation loss chooses them."""
+    network = new_network(data, config, number)
+    optimizer, schedule = new_optimizer(network, config)
+    parts = {"model": network, "optimizer": optimizer, "schedule": schedule}
+    for row in epochs(run, stage, parts, config.epochs, config.seed):
+        label = f"{stage} epoch {row['epoch']}"
+        row["train_loss"] = train_one_epoch(network, labelled, optimizer, schedule, config, label)
+        row |= evaluate(network, data.val, config)
+    return network
 
 
 def new_network(data: Data, config: Config, number: int) -> nn.Sequential:
@@ -136,146 +212,129 @@ def new_network(data: Data, config: Config, number: int) -> nn.Sequential:
     return network.to(data.train.x.device, memory_format=torch.channels_last)
 
 
-def fit(
-    group: dict[int, nn.Sequential], train: Images, val: Images, config: Config, run: Path
-) -> list[dict]:
-    """Leaves in each network its weights of the best validation loss; a row per epoch and run.
+def new_optimizer(
+    network: nn.Module, config: Config
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    total = config.epochs * config.epoch_steps
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
 
-    `group` holds, by the number of their run, the networks that are trained together.
-    """
-    stage = f"runs {min(group)}-{max(group)}"
-    steps = math.ceil(len(train.x) / config.batch_size)
-    parameters, forward = together(list(group.values()))
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    total = config.epochs * steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
-    parts = {f"network{number}": network for number, network in group.items()}
-    parts |= {"optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, stage, parts)
-    rows = [row for row in history if row["stage"] == stage]
 
-    def step(loss: Tensor) -> None:
+def train_one_epoch(
+    network: nn.Module,
+    labelled: Images,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    config: Config,
+    label: str,
+) -> float:
+    """Mean loss per image. Raises FloatingPointError if a loss was not finite."""
+    network.train()
+    losses, images = [], 0
+    steps = config.epoch_steps
+    batches = training_batches(labelled, config.batch_size, steps)
+    for x, y in tqdm(batches, label, steps, leave=False, disable=None):
+        loss = F.cross_entropy(network(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-    for epoch in range(len(rows) // len(group) + 1, config.epochs + 1):
-        label, began = f"{stage} epoch {epoch}", time.perf_counter()
-        drawn = draw_batches(train, list(group), config, epoch)
-        losses = train_one_epoch(
-            forward, tqdm(drawn, label, steps, False, disable=None), step, label
-        )
-        seconds = (time.perf_counter() - began) / len(group)
-        for (number, network), loss in zip(group.items(), losses, strict=True):
-            row = {"stage": stage, "run": number, "epoch": epoch, "seconds": seconds}
-            row |= {"train_loss": loss} | validate(network, val, config.chunk_images)
-            rows.append(row)
-            if row["val_loss"] == min(old["val_loss"] for old in rows if old["run"] == number):
-                weights = {name: value.clone() for name, value in network.state_dict().items()}
-                save(run / f"network{number}.pt", weights)
-            print("  ".join(f"{n} {x:.4g}" for n, x in row.items() if n != "stage"))
-        history += rows[-len(group) :]
-        save_checkpoint(run, stage, parts, history)
-    for number, network in group.items():
-        best = torch.load(run / f"network{number}.pt", map_location="cpu", weights_only=True)
-        network.load_state_dict(best)
-    return rows
+        losses.append(loss.detach() * len(x))
+        images += len(x)
+    return float(sum_losses(losses, label)) / images
 
 
-def draw_batches(
-    train: Images, numbers: list[int], config: Config, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch; a run's order does not hang on how many are trained at once."""
-    orders = []
-    for number in numbers:
-        seed_everything(config.seed, "order", number, epoch)
-        orders.append(torch.randperm(len(train.x)))
-    seed_everything(config.seed, "masks", min(numbers), epoch)
-    return batches(train, config.batch_size, torch.stack(orders))
-
-
-def train_one_epoch(forward: Callable, drawn: Iterable, step: Callable, label: str) -> list[float]:
-    """Each network's mean loss per image. Raises FloatingPointError if a loss was not finite."""
-    losses, images = [], 0
-    for x, y in drawn:
-        logits = forward(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        loss = loss.view(y.shape).sum(1)
-        step(loss.sum() / y.shape[1])  # a sum over networks: their gradients do not mix
-        losses.append(loss.detach())
-        images += y.shape[1]
-    losses = torch.stack(losses)  # read once per epoch: the loop never waits for the device
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    return (losses.sum(0) / images).tolist()
-
-
-def validate(network: nn.Sequential, val: Images, chunk_images: int) -> dict[str, float]:
-    """Loss in nats and accuracy, dropout off."""
-    logits = standard_logits(network, as_float(val.x), chunk_images).double()
-    accuracy = (logits.argmax(1) == val.y).double().mean()
-    return {"val_loss": float(F.cross_entropy(logits, val.y)), "val_accuracy": float(accuracy)}
+def evaluate(network: nn.Module, val: Images, config: Config) -> dict[str, float]:
+    """Validation NLL in nats and accuracy of MC dropout and, to compare, with dropout off."""
+    x = as_float(val.x)
+    logits = mc_logits(network, x, passes=VAL_PASSES, seed=config.seed).double()
+    answers = {"val_mc": average_probs(logits)[-1]}
+    if config.compare:
+        answers["val"] = standard_logits(network, x).double().log_softmax(-1)
+    found = {name: scores(log_probs, val.y) for name, log_probs in answers.items()}
+    renamed = {"loss": "nll", "accuracy": "accuracy"}
+    return {f"{name}_{to}": float(found[name][of]) for name in found for to, of in renamed.items()}
 
 
 # --- evaluation -------------------------------------------------------------------------------
 
 
-def judge(network: nn.Sequential, data: Data, config: Config, number: int) -> Outcome:
-    """Standard and MC dropout of run `number`: the same weights, the same images."""
-    known, some = data.test, Images(*(part[: config.train_images] for part in data.train))
-    numbers, kept = {}, {}
-    for split, (x, y) in {"test": known, "train": some}.items():
-        standard, logits = both_logits(network, as_float(x), config, number)
-        mc = average_probs(logits)
-        numbers[split] = {"standard": scores(standard.log_softmax(-1), y), "mc": scores(mc, y)}
-        if split == "test":
-            numbers[split]["logit_averaging"] = scores(average_logits(logits), y)
-            kept["standard"] = standard.log_softmax(-1).cpu()
-            kept["mc"] = mc[config.report_passes - 1].clone().cpu()
-            inside = uncertainties(standard, logits[: config.report_passes])
-    unknown = {"rotated": rotate(as_float(known.x), config.ood_angle)}
-    if data.fashion is not None:
-        unknown["fashion"] = as_float(data.fashion)
-    auroc = {}
-    for name, x in unknown.items():
-        outside = uncertainties(*both_logits(network, x, config, number, config.report_passes))
-        auroc[name] = {kind: detection(inside[kind], outside[kind]) for kind in inside}
-    return Outcome(numbers, auroc, kept)
-
-
-def both_logits(
-    network: nn.Sequential, x: Tensor, config: Config, number: int, passes: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, C) with dropout off and (passes, N, C) with dropout on, in double precision."""
-    standard = standard_logits(network, x, config.chunk_images)
-    stochastic = mc_logits(
-        network,
-        x,
-        passes=passes or config.passes,
-        seed=1000 * config.seed + number,
-        chunk_images=config.chunk_images,
-        chunk_passes=config.chunk_passes,
-    )
-    return standard.double(), stochastic.double()
-
-
-def uncertainties(standard: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """Each measure (N,) in nats, from logits (N, C) and (T, N, C)."""
-    return {
-        "standard_entropy": entropy(standard.log_softmax(-1)),
-        "mc_entropy": entropy(average_probs(logits)[-1]),
-        "mutual_information": mutual_information(logits),
+def answer(
+    network: nn.Sequential, x: Tensor, y: Tensor | None, config: Config, number: int
+) -> Answers:
+    """What the network of run `number` says of uint8 images, with dropout on and off."""
+    x, seed, at = as_float(x), 1000 * config.seed + number, config.report_passes
+    logits = mc_logits(network, x, passes=config.passes, seed=seed).double()
+    probs = average_probs(logits)
+    log_probs = {"mc": probs[at - 1].clone()}
+    uncertainty = {
+        "mc_entropy": entropy(log_probs["mc"]),
+        "mutual_information": mutual_information(logits[:at].log_softmax(-1)),
     }
+    if config.compare:
+        log_probs["standard"] = standard_logits(network, x).double().log_softmax(-1)
+        uncertainty["standard_entropy"] = entropy(log_probs["standard"])
+    curves = {}
+    if y is not None:
+        curves = {"mc": scores(probs, y), "logit_averaging": scores(average_logits(logits), y)}
+    return Answers(log_probs, uncertainty, curves)
 
 
-def detection(inside: Tensor, outside: Tensor) -> Tensor:
-    """AUROC (): how often an image from outside is the less certain one of a pair."""
-    from sklearn.metrics import roc_auc_score  # imported where it is used: it is slow
+def assess(
+    network: nn.Sequential, labelled: Images, data: Data, config: Config, number: int
+) -> Outcome:
+    """MC and standard dropout of run `number`: the same weights, the same images."""
+    some = Images(*(part[:SHOWN] for part in labelled))
+    known = {"train": some, "val": data.val, "test": data.test}
+    strange = {name: (x, None) for name, x in data.strange.items()}
+    answers = {part: answer(network, *of, config, number) for part, of in (known | strange).items()}
+    numbers = {
+        part: {name: scores(one, known[part].y) for name, one in answers[part].log_probs.items()}
+        | answers[part].curves
+        for part in ("train", "test")
+    }
+    methods = list(answers["test"].log_probs)
+    kept = {
+        name: {part: one.log_probs[name].cpu() for part, one in answers.items()} for name in methods
+    }
+    for name in methods:
+        numbers["test"][f"{name}_tempered"] = tempered(kept[name], data)
+    inside, found = answers["test"].uncertainty, {}
+    for kind, value in inside.items():
+        predicted = kept["standard" if kind == "standard_entropy" else "mc"]["test"].argmax(-1)
+        found[kind] = risks(value.cpu(), predicted == data.test.y.cpu())
+    detected = {
+        name: {kind: auroc(inside[kind], answers[name].uncertainty[kind]) for kind in inside}
+        for name in strange
+    }
+    return Outcome(numbers, found, detected, kept)
 
-    truth = [0] * len(inside) + [1] * len(outside)
-    return torch.tensor(roc_auc_score(truth, torch.cat([inside, outside]).cpu())).double()
+
+def tempered(log_probs: dict[str, Tensor], data: Data) -> dict[str, Tensor]:
+    """Test scores after one temperature, fitted on the validation images, and the temperature."""
+    temperature = best_temperature(log_probs["val"], data.val.y.cpu())
+    found = scores(temper(log_probs["test"], temperature), data.test.y.cpu())
+    return found | {"temperature": torch.tensor(temperature, dtype=torch.float64)}
+
+
+def assess_ensemble(outcomes: list[Outcome], data: Data) -> dict:
+    """A deep ensemble of all runs' networks with dropout off: what MC dropout approximates."""
+    members = [one.log_probs["standard"] for one in outcomes]
+    mean = {
+        part: torch.stack([one[part] for one in members]).logsumexp(0) - math.log(len(members))
+        for part in members[0]
+    }
+    y = data.test.y.cpu()
+    inside = entropy(mean["test"])
+    return {
+        "networks": len(members),
+        "plain": plain(scores(mean["test"], y)),
+        "tempered": plain(tempered(mean, data)),
+        "risk": float(risks(inside, mean["test"].argmax(-1) == y).mean()),
+        "auroc": {name: auroc(inside, entropy(mean[name])) for name in data.strange},
+    }
 
 
 def summarise(outcomes: list[Outcome], config: Config) -> dict:
@@ -283,46 +342,149 @@ def summarise(outcomes: list[Outcome], config: Config) -> dict:
 
     Lists run over the numbers of passes 1..T.
     """
-    metrics = {"report_passes": config.report_passes}
+    metrics = {"runs": len(outcomes), "report_passes": config.report_passes}
     for split, methods in outcomes[0].scores.items():
         values = {
             method: {
-                name: torch.stack([run.scores[split][method][name] for run in outcomes]).cpu()
+                name: torch.stack([one.scores[split][method][name] for one in outcomes]).cpu()
                 for name in found
             }
             for method, found in methods.items()
         }
         metrics[split] = {
-            method: {name: plain(spread(value)) for name, value in found.items()}
+            method: {name: plain(mean_and_sd(value)) for name, value in found.items()}
             for method, found in values.items()
         }
-        metrics[split]["mc_minus_standard"] = {
-            name: plain(paired_difference(mc, values["standard"][name]))
-            for name, mc in values["mc"].items()
-        }
-    metrics["ood_auroc"] = {
-        unknown: {
-            kind: plain(spread(torch.stack([run.auroc[unknown][kind] for run in outcomes])))
-            for kind in kinds
-        }
-        for unknown, kinds in outcomes[0].auroc.items()
-    }
-    return metrics
+        for suffix in ("", "_tempered"):
+            mc, standard = (values.get(f"{side}{suffix}") for side in ("mc", "standard"))
+            if mc and standard:
+                metrics[split][f"mc_minus_standard{suffix}"] = {
+                    name: plain(paired_difference(value, standard[name]))
+                    for name, value in mc.items()
+                }
+    return metrics | uncertainty_numbers(outcomes)
+
+
+def uncertainty_numbers(outcomes: list[Outcome]) -> dict:
+    """risk: error rate over all coverages, by the measure of uncertainty; auroc of strange images;
+    for each measure also what it has more than the entropy of standard dropout, in pairs.
+    """
+    tables = {"risk": [{"test": {k: r.mean() for k, r in one.risks.items()}} for one in outcomes]}
+    tables["auroc"] = [one.auroc for one in outcomes]
+    numbers = {}
+    for name, table in tables.items():
+        numbers[name] = {}
+        for part, kinds in table[0].items():
+            values = {k: torch.tensor([float(one[part][k]) for one in table]) for k in kinds}
+            values = {kind: value.double() for kind, value in values.items()}
+            found = {kind: plain(mean_and_sd(value)) for kind, value in values.items()}
+            if "standard_entropy" in values:
+                for kind, value in values.items():
+                    more = paired_difference(value, values["standard_entropy"])
+                    found[kind]["minus_standard"] = plain(more)
+            numbers[name][part] = found
+    return numbers
 
 
 def plain(numbers: dict[str, Tensor]) -> dict[str, float | list[float]]:
-    return {name: value.numpy().round(7).tolist() for name, value in numbers.items()}
+    return {name: value.cpu().numpy().round(7).tolist() for name, value in numbers.items()}
 
 
-def time_passes(network: nn.Sequential, x: Tensor, config: Config) -> dict[str, float]:
+# --- studies, off by default ------------------------------------------------------------------
+
+
+def study(data: Data, config: Config, run: Path) -> dict:
+    """Test numbers by training images; each run draws its own, a larger number holds a smaller."""
+    found = {}
+    for count in config.study_images:
+        outcomes = []
+        for number in range(config.runs):
+            labelled = choose(data.train, count, config.seed + number)
+            network = fit(f"{count}images-run{number}", labelled, data, config, run, number)
+            outcomes.append(assess(network, labelled, data, config, number))
+        metrics = summarise(outcomes, config)
+        found[str(count)] = at_report(metrics["test"], config) | {
+            name: metrics[name] for name in ("risk", "auroc")
+        }
+    return found
+
+
+def at_report(test: dict, config: Config) -> dict:
+    """The test numbers with, of each list over passes, the entry of report_passes."""
+    at = config.report_passes - 1
+    return {
+        method: {
+            name: {k: v[at] if isinstance(v, list) else v for k, v in number.items()}
+            for name, number in found.items()
+        }
+        for method, found in test.items()
+    }
+
+
+class Labels(nn.Module):
+    """Which images of the pool have a label: a part of a checkpoint."""
+
+    def __init__(self, order: Tensor, start: int):
+        super().__init__()
+        self.register_buffer("known", torch.zeros(len(order), dtype=torch.bool))
+        self.known[order[:start]] = True
+
+
+def active_learning(data: Data, config: Config, run: Path) -> dict:
+    """Test accuracy by method and number of labels: mean and standard deviation over the seeds."""
+    rows = {
+        method: [ask(method, data, config, run, seed) for seed in range(config.active_seeds)]
+        for method in METHODS
+    }
+    random = accuracies(rows["random"])
+    found = {"labels": [row["labels"] for row in rows["random"][0]]}
+    for method, of_seeds in rows.items():
+        values = accuracies(of_seeds)
+        found[method] = plain(mean_and_sd(values))
+        found[method]["minus_random"] = plain(paired_difference(values, random))
+        over_rounds = paired_difference(values.mean(1), accuracies(rows["entropy"]).mean(1))
+        found[method]["minus_entropy_over_rounds"] = plain(over_rounds)
+    return found
+
+
+def accuracies(of_seeds: list[list[dict]]) -> Tensor:
+    """(seeds, rounds)"""
+    return torch.tensor([[row["test_accuracy"] for row in rows] for rows in of_seeds]).double()
+
+
+def ask(method: str, data: Data, config: Config, run: Path, seed: int) -> list[dict]:
+    """A row per round: a new network learns from the labels so far, then asks for the next ones.
+
+    All methods begin, for a seed, with the same pool, labels and weights.
+    """
+    pool = choose(data.train, config.active_pool, config.seed + seed)
+    generator = torch.Generator().manual_seed(config.seed + seed)
+    labels = Labels(torch.randperm(len(pool.x), generator=generator), config.active_start)
+    stage, parts = f"active-{method}-seed{seed}", {"labels": labels}
+    for row in epochs(run, stage, parts, config.active_rounds + 1, config.seed, keep="labels"):
+        seed_everything(config.seed, "active", seed, row["epoch"])  # the same for all methods
+        known = labels.known.to(pool.x.device)
+        network = new_network(data, config, seed)
+        optimizer, schedule = new_optimizer(network, config)
+        some = Images(pool.x[known], pool.y[known])
+        for epoch in range(config.epochs):
+            label = f"{stage} round {row['epoch']} epoch {epoch + 1}"
+            loss = train_one_epoch(network, some, optimizer, schedule, config, label)
+        logits = standard_logits(network, as_float(data.test.x))
+        accuracy = float((logits.argmax(1) == data.test.y).double().mean())
+        row |= {"labels": len(some.x), "train_loss": loss, "test_accuracy": accuracy}
+        rest = (~known).nonzero()[:, 0]
+        places = acquire(method, network, as_float(pool.x[rest]), config.active_step, row["epoch"])
+        labels.known[rest[places].cpu()] = True
+    return read_rows(run, stage)
+
+
+def time_passes(network: nn.Sequential, x: Tensor) -> dict[str, float]:
     """Seconds per 10,000 images: medians of three goes at 2,000 test images, repeated if fewer."""
     x = as_float(x[torch.arange(2000, device=x.device) % len(x)])
-    sizes = {"chunk_images": config.chunk_images, "chunk_passes": config.chunk_passes}
-    calls = {"standard": lambda: standard_logits(network, x, config.chunk_images)}
+    calls = {"standard": lambda: standard_logits(network, x)}
     for passes in (1, 10, 100):
-        calls[f"passes_{passes}"] = lambda t=passes: mc_logits(
-            network, x, passes=t, seed=0, **sizes
-        )
+        calls[f"passes_{passes}"] = lambda t=passes: mc_logits(network, x, passes=t, seed=0)
     timing = {}
     for name, call in calls.items():
         call()  # warm-up
@@ -330,7 +492,7 @@ def time_passes(network: nn.Sequential, x: Tensor, config: Config) -> dict[str, 
     return timing
 
 
-def stopwatch(call: Callable) -> float:
+def stopwatch(call: Callable[[], Tensor]) -> float:
     began = time.perf_counter()
     call().sum().item()  # waits for the device
     return time.perf_counter() - began
@@ -339,17 +501,46 @@ def stopwatch(call: Callable) -> float:
 # --- report -----------------------------------------------------------------------------------
 
 
+def save_model(network: nn.Sequential, data: Data, config: Config, run: Path) -> None:
+    """model.pt: all that predict.py needs, the network of run 0."""
+    description = {
+        "project": "mc_dropout",
+        "channels": data.train.x.shape[1],
+        "classes": list(data.classes),
+        "image_size": data.train.x.shape[-1],
+        "widths": list(config.widths),
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+        "passes": config.report_passes,
+        "seed": 1000 * config.seed,
+        "weights": network.state_dict(),
+    }
+    save(run / "model.pt", description)
+
+
 def headline(metrics: dict, config: Config) -> dict[str, float]:
-    at, test, timing = config.report_passes - 1, metrics["test"], metrics["timing"]
+    """Means over the runs; test NLL, ECE, error over all coverages, AUROC of photographs."""
+    test = at_report(metrics["test"], config)
+    sides = {"standard": "standard_entropy", "mc": "mutual_information"}
     numbers = {}
-    for name in ("accuracy", "nll", "ece"):
-        numbers[f"standard_{name}"] = test["standard"][name]["mean"]
-        numbers[f"mc_{name}"] = test["mc"][name]["mean"][at]
-    ratio = timing["passes_100_seconds_per_10000"] / timing["passes_1_seconds_per_10000"]
-    return numbers | {"cost_ratio_100_passes": ratio}
+    for side in sides if config.compare else ["mc"]:
+        numbers[f"{side}_accuracy"] = test[side]["accuracy"]["mean"]
+        for name in ("nll", "ece"):
+            numbers[f"{side}_{name}"] = test[side][name]["mean"]
+            numbers[f"{side}_{name}_tempered"] = test[f"{side}_tempered"][name]["mean"]
+        numbers[f"{side}_risk"] = metrics["risk"]["test"][f"{side}_entropy"]["mean"]
+        numbers[f"{side}_auroc"] = metrics["auroc"]["photographs"][sides[side]]["mean"]
+    if config.compare:
+        numbers["ensemble_nll"] = metrics["ensemble"]["plain"]["nll"]
+    if config.active:
+        for method in ("random", "entropy", "bald"):
+            mean = metrics["active"][method]["mean"]
+            numbers[f"active_{method}_accuracy"] = sum(mean) / len(mean)
+    ratio = [metrics["timing"][f"passes_{t}_seconds_per_10000"] for t in (100, 1)]
+    return numbers | {"cost_ratio_100_passes": ratio[0] / ratio[1]}
 
 
-def draw(
+def plot_results(
     metrics: dict,
     outcomes: list[Outcome],
     network: nn.Sequential,
@@ -358,27 +549,39 @@ def draw(
     run: Path,
 ) -> None:
     """The pictures of a run; those of single images are of run 0."""
-    plot_passes(metrics, data.name, config.runs, run / "passes.png")
+    title = f"{data.name}, {config.train_images} training images"
+    risk = {kind: torch.stack([one.risks[kind] for one in outcomes]) for kind in outcomes[0].risks}
+    try_plot(plot_worth, metrics, risk, title, run / "worth.png")
+    try_plot(plot_passes, metrics, title, run / "passes.png")
     log_probs = {
-        method: torch.stack([one.log_probs[method] for one in outcomes])
-        for method in ("standard", "mc")
+        name: torch.stack([one.log_probs[name]["test"] for one in outcomes])
+        for name in outcomes[0].log_probs
     }
-    y, numbers = data.test.y.cpu(), headline(metrics, config)
-    ece = {method: numbers[f"{method}_ece"] for method in log_probs}
-    plot_reliability(log_probs, y, ece, data.name, run / "reliability.png")
+    y, test = data.test.y.cpu(), at_report(metrics["test"], config)
+    ece = {name: test[name]["ece"]["mean"] for name in log_probs}
+    try_plot(plot_reliability, log_probs, y, ece, title, run / "reliability.png")
     images, probs = data.test.x.cpu(), log_probs["mc"][0].exp()
-    plot_certainty(images, y, probs, data.classes, data.name, run / "certainty.png")
+    try_plot(plot_certainty, images, y, probs, data.classes, title, run / "certainty.png")
+    try_plot(plot_turning, network, data, config, title, run / "rotation.png")
+    if config.study:
+        try_plot(plot_study, metrics["study"], data.name, run / "study.png")
+    if config.active:
+        try_plot(plot_active, metrics["active"], data.name, run / "active.png")
 
-    one = as_float(data.test.x[(data.test.y == 1).nonzero()[0]])  # a "1", as in the paper
+
+def plot_turning(
+    network: nn.Sequential, data: Data, config: Config, title: str, path: Path
+) -> None:
+    """A test image of the second class (a "1", as in the paper), turned further and further."""
+    first = int((data.test.y == 1).nonzero()[0])
     angles = list(range(0, 181, 15))
-    turned = torch.cat([rotate(one, angle) for angle in angles])
-    standard, logits = both_logits(network, turned, config, number=0)
-    probs = {"standard": standard.softmax(-1).cpu(), "mc": logits.softmax(-1).cpu()}
-    plot_rotation(turned.cpu(), angles, probs, data.classes, data.name, run / "rotation.png")
+    x = torch.cat([rotate(as_float(data.test.x[first : first + 1]), angle) for angle in angles])
+    logits = mc_logits(network, x, passes=config.passes, seed=1000 * config.seed)
+    probs = {"mc": logits.softmax(-1).cpu()}
+    if config.compare:
+        probs["standard"] = standard_logits(network, x).softmax(-1).cpu()
+    plot_rotation(x.cpu(), angles, probs, data.classes, title, path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)

@@ -53,12 +53,12 @@ class MimoWideResNet(nn.Module):
     WRN-depth-width: depth = 6 n + 4 with n blocks at each of three resolutions.
     """
 
-    def __init__(self, depth: int, width: int, *, members: int, classes: int):
+    def __init__(self, depth: int, width: float, *, members: int, classes: int):
         super().__init__()
         self.members, self.classes = members, classes
         self.stem = nn.Conv2d(members * 3, 16, 3, padding=1, bias=False)  # grows with M
         blocks, channels = [], 16
-        for stage, outputs in enumerate((16 * width, 32 * width, 64 * width)):
+        for stage, outputs in enumerate(round(base * width) for base in (16, 32, 64)):
             for number in range((depth - 4) // 6):
                 stride = 2 if stage > 0 and number == 0 else 1
                 blocks.append(Block(channels, outputs, stride))
@@ -70,9 +70,12 @@ class MimoWideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees, (N, 64 * width)."""
+        return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
-        return self.head(features).unflatten(1, (self.members, self.classes))
+        return self.head(self.features(x)).unflatten(1, (self.members, self.classes))
 
 
 def mimo_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -91,30 +94,32 @@ def ensemble_log_probs(log_probs: Tensor) -> Tensor:
 # --- scores -----------------------------------------------------------------------------------
 
 
-def scores(log_probs: Tensor, y: Tensor) -> dict[str, float]:
-    """Means over N images from log-probabilities (N, C) and classes (N,).
+def scores(log_probs: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Each score (...), a mean over N images, from log-probabilities (..., N, C), classes (N,).
 
     nll in nats; brier summed over the classes, in [0, 2] (Brier 1950).
     """
     probs = log_probs.exp()
-    confidence, predicted = probs.max(1)
+    truth = F.one_hot(y, probs.shape[-1]).to(probs.dtype)
+    confidence, predicted = probs.max(-1)
     hit = (predicted == y).to(probs.dtype)
-    truth = F.one_hot(y, probs.shape[1])
+    right = log_probs.gather(-1, y[:, None].expand(*log_probs.shape[:-1], 1))
     return {
-        "accuracy": float(hit.mean()),
-        "nll": float(F.nll_loss(log_probs, y)),
-        "ece": float(calibration_error(confidence, hit)),
-        "brier": float((probs - truth).square().sum(1).mean()),
+        "accuracy": hit.mean(-1),
+        "nll": -right.mean((-2, -1)),
+        "brier": (probs - truth).square().sum(-1).mean(-1),
+        "ece": calibration_error(confidence, hit),
     }
 
 
 def calibration_error(confidence: Tensor, hit: Tensor) -> Tensor:
-    """sum_b n_b / N |accuracy_b - confidence_b| over bins of equal width (Guo et al. 2017).
+    """sum_b n_b / N |accuracy_b - confidence_b| over 15 bins of equal width (Guo et al. 2017).
 
-    From the probability (N,) of the predicted class and whether it was right (N,).
+    From the probability (..., N) of the predicted class and whether it was right (..., N).
     """
-    gaps = confidence.new_zeros(BINS).index_add(0, bin_of(confidence), hit - confidence)
-    return gaps.abs().sum() / len(confidence)
+    sums = confidence.new_zeros(*confidence.shape[:-1], BINS)
+    sums = sums.scatter_add(-1, bin_of(confidence), hit - confidence)  # n_b times the difference
+    return sums.abs().sum(-1) / confidence.shape[-1]
 
 
 def bin_of(confidence: Tensor) -> Tensor:
@@ -122,9 +127,51 @@ def bin_of(confidence: Tensor) -> Tensor:
     return ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
 
 
+# --- uncertainty ------------------------------------------------------------------------------
+
+
 def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy (...) in nats of log-probabilities (..., C)."""
+    """H(p) (...) in nats from log-probabilities (..., C)."""
     return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def mutual_information(log_probs: Tensor) -> Tensor:
+    """H(mean_t p_t) - mean_t H(p_t) (N,) in nats from log-probabilities (T, N, C).
+
+    What the T predictions disagree about; never negative (Jensen), so rounding is cut off.
+    """
+    mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    return (entropy(mean) - entropy(log_probs).mean(0)).clamp(min=0)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """How often an image from outside is the less certain one of a pair, from uncertainties (N,),
+    (M,).
+    """
+    from sklearn.metrics import roc_auc_score  # imported where it is used: it is slow
+
+    truth = [0] * len(inside) + [1] * len(outside)
+    return float(roc_auc_score(truth, torch.cat([inside, outside]).cpu()))
+
+
+def best_temperature(log_probs: Tensor, y: Tensor) -> float:
+    """The T in [0.01, 100] of the least NLL of softmax(log p / T) (Guo et al. 2017).
+
+    From log-probabilities (N, C). The NLL is convex in 1 / T: bisection for where its slope is 0.
+    """
+    low, high = math.log(0.01), math.log(100)
+    right = log_probs.gather(1, y[:, None])[:, 0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        probs = (log_probs * math.exp(middle)).softmax(-1)
+        slope = (probs * log_probs).sum(-1) - right
+        low, high = (low, middle) if slope.mean() > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def temper(log_probs: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (..., C) of softmax(log p / T)."""
+    return (log_probs / temperature).log_softmax(-1)
 
 
 def diversity(log_probs: Tensor) -> dict[str, float]:
@@ -142,15 +189,57 @@ def diversity(log_probs: Tensor) -> dict[str, float]:
     return {"disagreement": float(differ.double().mean()), "kl": float(kl.mean())}
 
 
-def mutual_information(log_probs: Tensor) -> Tensor:
-    """H(mean_m p_m) - mean_m H(p_m) (N,) in nats from log p_m (N, M, C): 0 if members agree."""
-    return entropy(ensemble_log_probs(log_probs)) - entropy(log_probs).mean(1)
+@torch.no_grad()
+def variance_shares(model: MimoWideResNet, x: Tensor, contexts: int) -> Tensor:
+    """Variance (features, M) of each last feature when only member m's image changes.
+
+    From images (N, 3, H, W) as in training: member m sees each of them, the other members one image
+    of `contexts` in turn; the mean over these. A feature of one subnetwork has one entry that is
+    not 0 (figure 4 of the paper).
+    """
+    model.eval()
+    others = x[:contexts]
+    found = torch.zeros(model.head.in_features, model.members, dtype=torch.float64)
+    for m in range(model.members):
+        for image in others:
+            stacked = image.repeat(model.members, 1, 1).expand(len(x), -1, -1, -1).clone()
+            stacked[:, 3 * m : 3 * m + 3] = x
+            found[:, m] += model.features(stacked).double().var(0).cpu() / len(others)
+    return found
+
+
+def independence(variances: Tensor) -> float:
+    """Share of each feature's variance that the member with most of it causes, from (F, M): the
+    mean over features that vary; 1 / M if all members share all features, 1 if none is shared.
+    """
+    total = variances.sum(1)
+    alive = total > 1e-12 * total.max()
+    return float((variances[alive].max(1).values / total[alive]).mean())
+
+
+# --- differences ------------------------------------------------------------------------------
+
+
+def mean_and_sd(values: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation (...) over the runs, of values (R, ...); of one run 0."""
+    return {"mean": values.mean(0), "sd": values.std(0, correction=min(1, len(values) - 1))}
+
+
+def error_over_sources(difference: Tensor, source: Tensor) -> float:
+    """Standard error of the mean of `difference` (N,), where images of one source (N,) are one
+    draw: sqrt(sum_s (sum_{i in s} (d_i - mean))^2) / N.
+    """
+    centred = difference - difference.mean()
+    sums = centred.new_zeros(int(source.max()) + 1).index_add(0, source, centred)
+    return float(sums.square().sum().sqrt() / len(difference))
 
 
 # --- cost -------------------------------------------------------------------------------------
 
 
-def cost(depth: int, width: int, *, members: int, classes: int, image_size: int) -> dict[str, int]:
+def cost(
+    depth: int, width: float, *, members: int, classes: int, image_size: int
+) -> dict[str, int]:
     """Parameters, and multiply-adds of one forward pass (convolutions and the linear layer)."""
     with torch.device("meta"):  # shapes alone: nothing is computed
         network = MimoWideResNet(depth, width, members=members, classes=classes)
@@ -162,7 +251,7 @@ def cost(depth: int, width: int, *, members: int, classes: int, image_size: int)
 
 
 def overhead(
-    depth: int, width: int, *, members: int, classes: int, image_size: int
+    depth: int, width: float, *, members: int, classes: int, image_size: int
 ) -> dict[str, float]:
     """The cost of MIMO and of one member alone, and what it is more, in percent."""
     mimo, single = (

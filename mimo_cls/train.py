@@ -1,4 +1,4 @@
-"""A MIMO ensemble (Havasi et al. 2021) beside its deterministic twin, a Wide ResNet of one member.
+"""A MIMO ensemble (Havasi et al. 2021) against its deterministic twin, a Wide ResNet of one member.
 
 The ensemble's network takes M images and gives M predictions. It learns from M independent images;
 in testing it is given one image M times, and its predictions are averaged: an ensemble for one
@@ -8,151 +8,181 @@ Run it with `python mimo_cls/train.py`, or `python mimo_cls/train.py --members 3
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Data, DataError, add_noise, blur, load, testing_batches, training_batches
+from data import (
+    SEVERITIES,
+    Data,
+    DataError,
+    corrupt,
+    load,
+    normalise,
+    testing_batches,
+    training_batches,
+)
 from model import (
     MimoWideResNet,
+    auroc,
+    best_temperature,
     diversity,
     ensemble_log_probs,
     entropy,
+    error_over_sources,
+    independence,
+    mean_and_sd,
     mimo_loss,
     mutual_information,
     overhead,
     scores,
+    temper,
+    variance_shares,
 )
 from plots import (
     plot_corruption,
     plot_curves,
     plot_disagreement,
+    plot_independence,
     plot_reliability,
-    plot_study,
+    plot_room,
 )
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from run import (
+    Batch,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
-CORRUPTIONS = {"noise": (0.05, 0.1, 0.15, 0.2, 0.3), "blur": (0.5, 1.0, 1.5, 2.0, 3.0)}
-CORRUPT = {"noise": add_noise, "blur": blur}
-LEAST = {"seed": 0, "input_repetition": 0, "study_repetitions": 0, "warmup_epochs": 0}
-LEAST |= {"weight_decay": 0, "image_size": 8, "train_images": 10, "test_images": 10}
-MOST = {"input_repetition": 1, "study_repetitions": 1, "drops": 1, "drop_factor": 1}
-MOST |= {"image_size": 128}
+CORRUPTED = [f"{kind} {level}" for kind, levels in SEVERITIES.items() for level in levels]
+CONTEXTS, VARIED = 8, 128  # images behind the proof of independence
+SCORES = ("accuracy", "nll", "ece", "brier")
+Repetition = Annotated[float, ">= 0", "<= 1"]
+Members = Annotated[int, ">= 2", "<= 16"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "cifar10", "folder", "digits"]
+    dataset: Literal["digits", "cifar10", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    ood_dir: Path
-    image_size: int
-    train_images: int
-    test_images: int
-    flip: bool
-    members: int
-    input_repetition: float
-    batch_repetition: int
-    depth: int
-    width: int
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup_epochs: int
-    schedule: Literal["cosine", "steps"]
-    drops: tuple[float, ...]
-    drop_factor: float
-    weight_decay: float
-    precision: Literal["auto", "float32", "bfloat16"]
-    test_batch_size: int
-    timed_images: int
+    seed: Seed
+    image_size: Annotated[int, ">= 8", "<= 128"]
+    train_images: Annotated[int, ">= 10", "<= 1000000"]
+    test_images: Annotated[int, ">= 20", "<= 100000"]
+    members: Members
+    input_repetition: Repetition
+    batch_repetition: Annotated[int, ">= 1", "<= 64"]
+    depth: Annotated[int, ">= 10", "<= 1000"]
+    width: Annotated[int, ">= 1", "<= 64"]
+    epochs: Epochs
+    batch_size: Batch
+    lr: Rate
+    warmup_epochs: Annotated[int, ">= 0", "<= 100000"]
+    weight_decay: Decay
+    runs: Annotated[int, ">= 1", "<= 100"]
+    compare: bool
     study: bool
-    study_members: tuple[int, ...]
-    study_repetitions: tuple[float, ...]
+    study_widths: tuple[Annotated[int, ">= 1", "<= 64"], ...]
+    study_members: tuple[Members, ...]
+    study_repetitions: tuple[Repetition, ...]
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (bool, str, Path)):
-                continue
-            if name in LEAST and min(numbers) < LEAST[name]:
-                raise ValueError(f"{name}: expected at least {LEAST[name]}, found {min(numbers)}")
-            if name not in LEAST and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-            if name in MOST and max(numbers) > MOST[name]:
-                raise ValueError(f"{name}: expected at most {MOST[name]}, found {max(numbers)}")
-        if self.depth < 10 or self.depth % 6 != 4:
+        if self.depth % 6 != 4:
             raise ValueError(f"depth: expected 10, 16, 22, 28, ..., found {self.depth}")
         if self.warmup_epochs >= self.epochs:
             limit = f"fewer than epochs ({self.epochs})"
             raise ValueError(f"warmup_epochs: expected {limit}, found {self.warmup_epochs}")
+        if self.study and not self.compare:
+            raise ValueError("study: expected false where compare is false")
 
 
 class Plan(NamedTuple):
-    """A network and how it is trained. In an epoch each member sees each image passes *
-    batch_repetition times, whatever the plan, so equal epochs are equal compute.
+    """A network and how it is trained. In an epoch each member sees each image batch_repetition
+    times, whatever the plan, so equal epochs of equal networks are equal compute.
     """
 
-    name: str
+    width: float
     members: int
     input_repetition: float
-    batch_repetition: int
-    passes: int  # through the training images in an epoch
+    number: int  # of the run: decides initialisation and order
 
-
-class Trained(NamedTuple):
-    """A network with its weights of the lowest validation NLL, and its rows of history.csv."""
-
-    model: MimoWideResNet
-    rows: list[dict]
+    @property
+    def name(self) -> str:
+        about = f"w{self.width:.4g}-M{self.members}-rho{self.input_repetition:g}"
+        return f"{about}-run{self.number}"
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
     data = load_data(config).to(device)
-    metrics = {"overhead": count(data, config)}
-
-    single = fit(twin_plan(config), data, config, run)
-    mimo = fit(mimo_plan(config.members, config.input_repetition, config), data, config, run)
-    metrics |= test(single.model, mimo.model, data, config)
+    open_run(run, config, data.name, data.train, data.val, data.test, data.strange)
+    metrics = {"overhead": count_cost(data, config)}
+    arms = {name: [] for name in plans(config, 0)}
+    for number in range(config.runs if config.compare else 1):
+        for name, needed in plans(config, number).items():
+            arms[name].append([fit(plan, data, config, run) for plan in needed])
+    parts = images_by_part(data)
+    said = {
+        name: [
+            predict_all(networks, parts) for networks in tqdm(runs, name, leave=False, disable=None)
+        ]
+        for name, runs in arms.items()
+    }
+    metrics |= summarise(said, data, config)
+    mimo = arms["mimo"][0][0]
+    variances = variance_shares(mimo, normalise(data.test.x[:VARIED]), CONTEXTS)
+    metrics["independence"] = independence(variances)
     if config.study:
         metrics["study"] = study(data, config, run)
-    metrics["timing"] = {
-        "single_train_seconds": sum(row["seconds"] for row in single.rows),
-        "mimo_train_seconds": sum(row["seconds"] for row in mimo.rows),
-    } | time_forward(single.model, mimo.model, data.test.x, config)
-    draw(metrics, single, mimo, data, config, run)
-    finish_run(run, config, dataset=data.name, headline=headline(metrics), metrics=metrics)
+    metrics["timing"] = timing(arms, data, config, run)
+    plot_results(metrics, said, variances, data, config, run)
+    save_model(mimo, data, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=data.name,
+        headline=headline(metrics),
+        metrics=metrics,
+        use=f"python mimo_cls/predict.py {run} PICTURE...",
+    )
 
 
 def load_data(config: Config) -> Data:
     data = load(
         dataset=config.dataset,
         data_dir=config.data_dir,
-        ood_dir=config.ood_dir,
         image_size=config.image_size,
         train_images=config.train_images,
         test_images=config.test_images,
-        flip=config.flip,
         seed=config.seed,
     )
     print(data.note)
     return data
 
 
-def count(data: Data, config: Config) -> dict[str, float]:
+def count_cost(data: Data, config: Config) -> dict[str, float]:
     """Parameters and multiply-adds, and what MIMO has more than its twin."""
     numbers = overhead(
         config.depth,
@@ -172,21 +202,32 @@ def count(data: Data, config: Config) -> dict[str, float]:
 # --- training ---------------------------------------------------------------------------------
 
 
-def twin_plan(config: Config) -> Plan:
-    """One member has nothing to gain from repetition within a batch: it takes more steps."""
-    return Plan("single", 1, 0.0, 1, config.batch_repetition)
+def plans(config: Config, number: int) -> dict[str, list[Plan]]:
+    """The networks of each arm in run `number`; the predictions of an arm's networks are averaged.
+
+    deep: M twins, those of this run and the next ones: the bound, at M times the cost. small, in the
+    study: M networks with as many parameters together as the twin, which go with the width squared.
+    """
+    members = config.members
+    found = {"mimo": [Plan(config.width, members, config.input_repetition, number)]}
+    if config.compare:
+        found["twin"] = [Plan(config.width, 1, 0.0, number)]
+        if config.runs >= members:
+            numbers = [(number + place) % config.runs for place in range(members)]
+            found["deep"] = [Plan(config.width, 1, 0.0, one) for one in numbers]
+    if config.study:
+        width, first = config.width / math.sqrt(members), number * members
+        found["small"] = [Plan(width, 1, 0.0, first + place) for place in range(members)]
+    return found
 
 
-def mimo_plan(members: int, input_repetition: float, config: Config) -> Plan:
-    name = f"M{members}-rho{input_repetition:g}"
-    return Plan(name, members, input_repetition, config.batch_repetition, 1)
-
-
-def fit(plan: Plan, data: Data, config: Config, run: Path) -> Trained:
-    """Train by `plan`. What a killed run has done of it is not done again."""
-    seed_everything(config.seed, "initialisation")
+def fit(plan: Plan, data: Data, config: Config, run: Path) -> MimoWideResNet:
+    """The network with its weights of the lowest validation NLL. A plan is trained once in a run,
+    however many arms it serves.
+    """
+    seed_everything(config.seed, "initialisation", plan.number)
     model = MimoWideResNet(
-        config.depth, config.width, members=plan.members, classes=len(data.classes)
+        config.depth, plan.width, members=plan.members, classes=len(data.classes)
     ).to(data.train.x.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -196,23 +237,12 @@ def fit(plan: Plan, data: Data, config: Config, run: Path) -> Trained:
         weight_decay=config.weight_decay,
     )
     parts = {"model": model, "optimizer": optimizer}
-    history = load_checkpoint(run, plan.name, parts)
-    rows = [row for row in history if row["stage"] == plan.name]
-    for epoch in range(len(rows) + 1, config.epochs + 1):
-        seed_everything(config.seed, plan.name, epoch)
+    for row in epochs(run, plan.name, parts, config.epochs, config.seed, best=("val_nll", min)):
         began = time.perf_counter()
-        loss = train_one_epoch(model, optimizer, plan, data, config, epoch)
-        seconds = time.perf_counter() - began
-        row = {"stage": plan.name, "epoch": epoch, "seconds": seconds, "train_loss": loss}
-        rows.append(row | validate(predict(model, data.val.x, config), data.val.y))
-        if rows[-1]["val_nll"] == min(row["val_nll"] for row in rows):
-            save(run / f"{plan.name}.pt", model.state_dict())
-        history.append(rows[-1])
-        save_checkpoint(run, plan.name, parts, history)
-        print("  ".join([plan.name, *(f"{n} {x:.4g}" for n, x in list(rows[-1].items())[1:])]))
-    best = torch.load(run / f"{plan.name}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return Trained(model, rows)
+        row["train_loss"] = train_one_epoch(model, optimizer, plan, data, config, row["epoch"])
+        row["train_seconds"] = time.perf_counter() - began
+        row |= evaluate(predict(model, data.val.x), data.val.y)
+    return model
 
 
 def train_one_epoch(
@@ -225,145 +255,226 @@ def train_one_epoch(
 ) -> float:
     """Mean loss per member and input. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    steps = plan.passes * max(1, len(data.train.x) // config.batch_size)
+    steps = passes(plan, config) * max(1, len(data.train.x) // config.batch_size)
     label, device = f"{plan.name} epoch {epoch}", data.train.x.device.type
-    half, losses = use_bfloat16(config), []
-    batches = tqdm(draw_batches(plan, data, config), label, steps, leave=False, disable=None)
+    losses = []
+    batches = tqdm(epoch_batches(plan, data, config), label, steps, leave=False, disable=None)
     for step, (x, y) in enumerate(batches):
-        rate = learning_rate(config, epoch - 1 + (step + 1) / steps, len(data.train.x))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+            group["lr"] = learning_rate(config, epoch - 1 + (step + 1) / steps)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(x)
         loss = mimo_loss(logits.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach() / plan.members)
-    losses = torch.stack(losses)  # read once per epoch: the loop never waits for the device
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    return float(losses.mean())
+    return float(sum_losses(losses, label)) / len(losses)
 
 
-def draw_batches(plan: Plan, data: Data, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(plan.passes):
+def passes(plan: Plan, config: Config) -> int:
+    """Through the training images in an epoch. One member gains nothing from repetition within a
+    batch: it takes more steps.
+    """
+    return config.batch_repetition if plan.members == 1 else 1
+
+
+def epoch_batches(plan: Plan, data: Data, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    for _ in range(passes(plan, config)):
         yield from training_batches(
             data.train,
             config.batch_size,
             members=plan.members,
             input_repetition=plan.input_repetition,
-            batch_repetition=plan.batch_repetition,
-            flip=data.flip,
+            batch_repetition=config.batch_repetition if plan.members > 1 else 1,
+            mirror=data.mirror,
         )
 
 
-def learning_rate(config: Config, epochs: float, images: int) -> float:
-    """The rate after `epochs`, for as many different images as a step has: not counting copies."""
-    peak = config.lr * min(config.batch_size, images) / 128
+def learning_rate(config: Config, epochs: float) -> float:
+    """The rate after `epochs`: a linear warm-up, then a cosine down to 0."""
     if epochs <= config.warmup_epochs:
-        return peak * epochs / config.warmup_epochs
-    if config.schedule == "steps":
-        return peak * config.drop_factor ** sum(epochs > at * config.epochs for at in config.drops)
+        return config.lr * epochs / config.warmup_epochs
     done = (epochs - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
-    return peak * (1 + math.cos(math.pi * done)) / 2
-
-
-def use_bfloat16(config: Config) -> bool:
-    """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
-    if config.precision == "auto":
-        return config.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return config.precision == "bfloat16"
+    return config.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 # --- evaluation -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def predict(model: MimoWideResNet, x: Tensor, config: Config) -> Tensor:
+def predict(model: MimoWideResNet, x: Tensor) -> Tensor:
     """log p_m (N, M, C) in double precision of uint8 images (N, 3, H, W), all of them in order."""
     model.eval()
-    batches = testing_batches(x, config.test_batch_size, model.members)
+    batches = testing_batches(x, 250, model.members)
     return torch.cat([model(part) for part in batches]).double().log_softmax(-1)
 
 
-def validate(log_probs: Tensor, y: Tensor) -> dict[str, float]:
+def evaluate(log_probs: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy and NLL of the ensemble and of each member, and how much members differ."""
     answers = {"": ensemble_log_probs(log_probs)}
     if log_probs.shape[1] > 1:
         answers |= {f"member{m}_": part for m, part in enumerate(log_probs.unbind(1), 1)}
     numbers = {name: scores(answer, y) for name, answer in answers.items()}
-    row = {f"val_{n}{key}": numbers[n][key] for n in numbers for key in ("accuracy", "nll")}
+    row = {f"val_{n}{key}": float(numbers[n][key]) for n in numbers for key in ("accuracy", "nll")}
     return row | {f"val_{name}": value for name, value in diversity(log_probs).items()}
 
 
-def both_answers(single: MimoWideResNet, mimo: MimoWideResNet, x: Tensor, config: Config) -> dict:
-    """log p (N, C) of the twin, of the ensemble and of each of its members."""
-    log_probs = predict(mimo, x, config)
-    answers = {"single": predict(single, x, config)[:, 0]}
-    answers["ensemble"] = ensemble_log_probs(log_probs)
-    return answers | {f"member{m}": part for m, part in enumerate(log_probs.unbind(1), 1)}
+def images_by_part(data: Data) -> dict[str, Tensor]:
+    """Validation and test images, the test images under each corruption, and strange images."""
+    parts = {"val": data.val.x, "test": data.test.x}
+    for kind, levels in SEVERITIES.items():
+        parts |= {f"{kind} {level}": corrupt(data.test.x, kind, level) for level in levels}
+    return parts | data.strange
 
 
-def test(single: MimoWideResNet, mimo: MimoWideResNet, data: Data, config: Config) -> dict:
-    """metrics.json's numbers; the test images are used here and in the study."""
-    x, y = data.test
-    known = both_answers(single, mimo, x, config)
-    metrics = {name: scores(answer, y) for name, answer in known.items()}
-    for kind, severities in CORRUPTIONS.items():
-        for severity in severities:
-            answers = both_answers(single, mimo, CORRUPT[kind](x, severity), config)
-            for name, answer in answers.items():
-                numbers = scores(answer, y)
-                numbers["error"] = 1 - numbers["accuracy"]
-                kept = metrics[name].setdefault(kind, {"error": [], "nll": [], "ece": []})
-                for score, values in kept.items():
-                    values.append(numbers[score])
-    for strange, images in data.strange.items():
-        answers = both_answers(single, mimo, images, config)
-        for name, answer in answers.items():
-            kept = metrics[name].setdefault("ood_auroc", {})
-            kept[strange] = detection(entropy(known[name]), entropy(answer))
-    metrics["diversity"] = diversity(predict(mimo, x, config))
+def predict_all(networks: list[MimoWideResNet], parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """log p_m (N, M, C) of all members of all networks, on the CPU, by part."""
+    return {
+        part: torch.cat([predict(network, x).cpu() for network in networks], 1)
+        for part, x in parts.items()
+    }
+
+
+def judge_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[float]]:
+    """The numbers of one arm in one run, from its members' log p_m (N, M, C) by part.
+
+    corrupted_ is the mean over all kinds and severities, _tempered with one temperature fitted on
+    the clean validation images; auroc_ of strange images, by the ensemble's entropy, and by the
+    members' mutual information where there are members.
+    """
+    y = data.test.y.cpu()
+    answers = {part: ensemble_log_probs(log_probs) for part, log_probs in said.items()}
+    numbers = {"temperature": best_temperature(answers["val"], data.val.y.cpu())}
+    for suffix, temperature in (("", 1.0), ("_tempered", numbers["temperature"])):
+        found = {
+            part: scores(temper(answers[part], temperature), y) for part in ("test", *CORRUPTED)
+        }
+        for name in SCORES:
+            numbers[name + suffix] = float(found["test"][name])
+            values = [float(found[part][name]) for part in CORRUPTED]
+            numbers[f"corrupted_{name}{suffix}"] = mean(values)
+            if not suffix:
+                numbers[f"by_severity_{name}"] = values
+    for strange in data.strange:
+        pairs = {"entropy": [entropy(answers[part]) for part in ("test", strange)]}
+        if said["test"].shape[1] > 1:
+            pairs["mutual_information"] = [
+                mutual_information(said[part].transpose(0, 1)) for part in ("test", strange)
+            ]
+        numbers |= {f"auroc_{kind}_{strange}": auroc(*pair) for kind, pair in pairs.items()}
+    return numbers
+
+
+def summarise(said: dict[str, list[dict[str, Tensor]]], data: Data, config: Config) -> dict:
+    """metrics.json's numbers by arm, each a mean and standard deviation over the runs."""
+    members = [
+        [{part: x[:, m : m + 1] for part, x in one.items()} for one in said["mimo"]]
+        for m in range(config.members)
+    ]
+    judged = {name: [judge_arm(one, data) for one in runs] for name, runs in said.items()}
+    one_member = [judge_arm(one, data) for runs in members for one in runs]
+    metrics = {"arms": {name: over_runs(numbers) for name, numbers in judged.items()}}
+    metrics["arms"]["member"] = over_runs(one_member)
+    differing = [diversity(one["test"]) for one in said["mimo"]]
+    metrics["diversity"] = {name: mean(one[name] for one in differing) for name in differing[0]}
+    if config.compare:
+        metrics["mimo_minus_twin"] = paired(judged["mimo"], judged["twin"])
+        metrics["mimo_minus_twin"] |= clean_errors(said, data)
     return metrics
 
 
-def detection(inside: Tensor, outside: Tensor) -> float:
-    """AUROC: how often a strange image has more entropy (N,) than a test image."""
-    from sklearn.metrics import roc_auc_score  # imported where it is used: it is slow
-
-    truth = [0] * len(inside) + [1] * len(outside)
-    return float(roc_auc_score(truth, torch.cat([inside, outside]).cpu()))
-
-
-def study(data: Data, config: Config, run: Path) -> list[dict]:
-    """Test scores for every M and rho, all at the same compute; for M = 1 there is no rho."""
-    pairs = [(m, rho) for m in config.study_members for rho in config.study_repetitions if m > 1]
-    plans = [mimo_plan(m, rho, config) for m, rho in pairs]
-    if 1 in config.study_members:
-        plans.insert(0, twin_plan(config))
-    found = []
-    for plan in plans:
-        log_probs = predict(fit(plan, data, config, run).model, data.test.x, config)
-        row = {"members": plan.members, "input_repetition": plan.input_repetition}
-        row |= scores(ensemble_log_probs(log_probs), data.test.y)
-        alone = [scores(part, data.test.y)["accuracy"] for part in log_probs.unbind(1)]
-        found.append(row | {"member_accuracy": mean(alone)} | diversity(log_probs))
+def over_runs(numbers: list[dict]) -> dict[str, dict]:
+    """Mean and standard deviation of each number of judge_arm over the runs."""
+    found = {}
+    for name in numbers[0]:
+        values = torch.tensor([one[name] for one in numbers], dtype=torch.float64)
+        found[name] = {key: value.tolist() for key, value in mean_and_sd(values).items()}
     return found
 
 
-@torch.no_grad()
-def time_forward(
-    single: MimoWideResNet, mimo: MimoWideResNet, x: Tensor, config: Config
+def paired(mimo: list[dict], twin: list[dict]) -> dict[str, dict[str, float]]:
+    """Mean and standard error over the runs of each number's difference between the two arms."""
+    differences = [
+        {name: a[name] - b[name] for name in b if isinstance(b[name], float)}
+        for a, b in zip(mimo, twin, strict=True)
+    ]
+    return {
+        name: {"mean": value["mean"], "standard_error": value["sd"] / math.sqrt(len(mimo))}
+        for name, value in over_runs(differences).items()
+    }
+
+
+def clean_errors(said: dict[str, list[dict[str, Tensor]]], data: Data) -> dict[str, float]:
+    """Standard errors, over the sources of the test images, of the mean differences of all runs."""
+    y, source, differences = data.test.y.cpu(), data.test.source.cpu(), {"accuracy": 0, "nll": 0}
+    for one, other in zip(said["mimo"], said["twin"], strict=True):
+        a, b = (ensemble_log_probs(part["test"]) for part in (one, other))
+        hits = [(part.argmax(1) == y).double() for part in (a, b)]
+        differences["accuracy"] = differences["accuracy"] + (hits[0] - hits[1]) / len(said["mimo"])
+        right = (b - a).gather(1, y[:, None])[:, 0]
+        differences["nll"] = differences["nll"] + right / len(said["mimo"])
+    return {
+        f"{name}_error_over_images": error_over_sources(value, source)
+        for name, value in differences.items()
+    }
+
+
+def study(data: Data, config: Config, run: Path) -> list[dict]:
+    """What MIMO has over its twin, by width, M and rho, at equal compute, over the runs."""
+    parts, found = images_by_part(data), []
+    for width in config.study_widths:
+        twins = judged_runs(Plan(width, 1, 0.0, 0), parts, data, config, run)
+        for members in config.study_members:
+            for rho in config.study_repetitions:
+                plan = Plan(width, members, rho, 0)
+                ensembles = judged_runs(plan, parts, data, config, run)
+                row = {"width": width, "members": members, "input_repetition": rho}
+                row |= {"twin": over_runs(twins), "mimo": over_runs(ensembles)}
+                found.append(row | {"mimo_minus_twin": paired(ensembles, twins)})
+    return found
+
+
+def judged_runs(
+    plan: Plan, parts: dict[str, Tensor], data: Data, config: Config, run: Path
+) -> list[dict]:
+    """Numbers of judge_arm for each run of a plan, and how often two members disagree."""
+    found = []
+    for number in range(config.runs):
+        said = predict_all([fit(plan._replace(number=number), data, config, run)], parts)
+        disagreement = diversity(said["test"])["disagreement"]
+        alone = [
+            float(scores(one, data.test.y.cpu())["accuracy"]) for one in said["test"].unbind(1)
+        ]
+        about = {"disagreement": disagreement, "worst_member_accuracy": min(alone)}
+        found.append(judge_arm(said, data) | about)
+    return found
+
+
+def timing(
+    arms: dict[str, list[list[MimoWideResNet]]], data: Data, config: Config, run: Path
 ) -> dict[str, float]:
+    """Seconds of training of run 0 by arm, and of a forward pass of 100 images."""
+    numbers = {
+        f"{name}_train_seconds": sum(
+            row["train_seconds"] for plan in needed for row in read_rows(run, plan.name)
+        )
+        for name, needed in plans(config, 0).items()
+    }
+    if config.compare:
+        numbers |= time_forward(arms["twin"][0][0], arms["mimo"][0][0], data.test.x)
+    return numbers
+
+
+@torch.no_grad()
+def time_forward(twin: MimoWideResNet, mimo: MimoWideResNet, x: Tensor) -> dict[str, float]:
     """Seconds of a forward pass, one network after the other 25 times, and the median of ratios."""
-    x = x[torch.arange(config.timed_images, device=x.device) % len(x)]
-    inputs = [next(testing_batches(x, len(x), model.members)) for model in (single, mimo)]
-    calls = [lambda m=m, x=x: m(x) for m, x in zip((single, mimo), inputs, strict=True)]
+    x = x[torch.arange(100, device=x.device) % len(x)]
+    inputs = [next(testing_batches(x, len(x), model.members)) for model in (twin, mimo)]
+    calls = [lambda m=m, x=x: m(x) for m, x in zip((twin, mimo), inputs, strict=True)]
     pairs = [[stopwatch(call) for call in calls] for _ in range(27)][2:]  # warm-up
     return {
-        "single_forward_seconds": median(pair[0] for pair in pairs),
+        "twin_forward_seconds": median(pair[0] for pair in pairs),
         "mimo_forward_seconds": median(pair[1] for pair in pairs),
         "forward_percent": 100 * (median(pair[1] / pair[0] for pair in pairs) - 1),
     }
@@ -378,34 +489,69 @@ def stopwatch(call: Callable[[], Tensor]) -> float:
 # --- report -----------------------------------------------------------------------------------
 
 
+def save_model(model: MimoWideResNet, data: Data, config: Config, run: Path) -> None:
+    """model.pt: all that predict.py needs, the ensemble of run 0."""
+    description = {
+        "project": "mimo_cls",
+        "depth": config.depth,
+        "width": config.width,
+        "members": config.members,
+        "classes": list(data.classes),
+        "image_size": data.train.x.shape[-1],
+        "weights": model.state_dict(),
+    }
+    save(run / "model.pt", description)
+
+
 def headline(metrics: dict) -> dict[str, float]:
-    names = ("accuracy", "nll", "ece")
-    numbers = {f"{who}_{n}": metrics[who][n] for who in ("ensemble", "single") for n in names}
+    """Means over the runs."""
+    numbers, names = {}, ("accuracy", "nll", "ece", "nll_tempered")
+    for arm in ("mimo", "twin", "small", "deep"):
+        if arm not in metrics["arms"]:
+            continue
+        found = metrics["arms"][arm]
+        shown = [*names, *(f"corrupted_{name}" for name in names)]
+        numbers |= {f"{arm}_{name}": found[name]["mean"] for name in shown}
+        place = next(name for name in found if name.startswith("auroc_entropy"))
+        numbers[f"{arm}_auroc"] = found[place]["mean"]
     numbers["disagreement"] = metrics["diversity"]["disagreement"]
-    return numbers | {"parameter_overhead_percent": metrics["overhead"]["parameters_percent"]}
+    numbers["independence"] = metrics["independence"]
+    for name in ("parameters", "multiply_adds"):
+        numbers[f"{name}_overhead_percent"] = metrics["overhead"][f"{name}_percent"]
+    return numbers
 
 
-def draw(
-    metrics: dict, single: Trained, mimo: Trained, data: Data, config: Config, run: Path
+def plot_results(
+    metrics: dict,
+    said: dict[str, list[dict[str, Tensor]]],
+    variances: Tensor,
+    data: Data,
+    config: Config,
+    run: Path,
 ) -> None:
-    """The pictures of a run."""
+    """The pictures of a run; those of single networks are of run 0."""
     title = f"{data.name}, WRN-{config.depth}-{config.width}, M = {config.members}"
-    plot_curves(single.rows, mimo.rows, metrics, title, run / "curves.png")
-    plot_corruption(metrics, CORRUPTIONS, title, run / "corruption.png")
-    x, y = data.test
-    known = both_answers(single.model, mimo.model, x, config)
-    known = {name: answer.cpu() for name, answer in known.items()}
-    plot_reliability(known, y.cpu(), metrics, title, run / "reliability.png")
-    log_probs = predict(mimo.model, x, config)
-    most = mutual_information(log_probs).argsort(descending=True, stable=True)[:8]
-    images = (part[most].cpu() for part in (x, y, log_probs.exp()))
-    plot_disagreement(*images, data.classes, title, run / "disagreement.png")
+    rows = {
+        name: read_rows(run, needed[0].name)
+        for name, needed in plans(config, 0).items()
+        if name in ("mimo", "twin")
+    }
+    try_plot(plot_curves, rows, title, run / "curves.png")
+    try_plot(plot_corruption, metrics["arms"], SEVERITIES, title, run / "corruption.png")
+    answers = {
+        name: torch.stack([ensemble_log_probs(one["test"]) for one in said[name]]) for name in rows
+    }
+    ece = {name: metrics["arms"][name]["ece"]["mean"] for name in rows}
+    y, log_probs = data.test.y.cpu(), said["mimo"][0]["test"]
+    try_plot(plot_reliability, answers, y, ece, title, run / "reliability.png")
+    try_plot(plot_independence, variances, title, run / "independence.png")
+    uncertainty = mutual_information(log_probs.transpose(0, 1))
+    most = uncertainty.argsort(descending=True, stable=True)[:8]
+    images = (part[most] for part in (data.test.x.cpu(), y, log_probs.exp()))
+    try_plot(plot_disagreement, *images, data.classes, title, run / "disagreement.png")
     if config.study:
-        plot_study(metrics["study"], title, run / "study.png")
+        try_plot(plot_room, metrics["study"], title.rsplit(", W", 1)[0], run / "room.png")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)

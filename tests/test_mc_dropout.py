@@ -1,13 +1,10 @@
-"""mc_dropout: masks, averages and scores against closed forms, and runs as a user starts them."""
+"""mc_dropout: masks, averages and scores against closed forms, and the experiment itself."""
 
-import gzip
+import csv
 import itertools
 import json
 import math
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +12,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from projects import call, load_project, tiny_run, train, train_until
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
-from mc_dropout.data import DataError, Images, batches, load, rotate, split
 from mc_dropout.model import (
-    adaptive_calibration_error,
+    acquire,
     average_logits,
     average_probs,
+    best_temperature,
     bin_of,
     calibration_error,
     dropout_on,
     entropy,
     make_cnn,
     mc_logits,
+    mean_and_sd,
     mutual_information,
     paired_difference,
+    risks,
     scores,
-    spread,
     standard_logits,
-    together,
+    temper,
 )
 
-TRAIN = Path(__file__).parent.parent / "mc_dropout" / "train.py"
+PROJECT = load_project("mc_dropout")
+TRAIN, DATA, MODEL = PROJECT.train, PROJECT.data, PROJECT.model
+
 TINY = [
-    "--dataset", "digits", "--device", "cpu", "--image_size", "10", "--widths", "4,6",
-    "--hidden", "8", "--runs", "3", "--at_once", "2", "--epochs", "2", "--batch_size", "16",
+    "--dataset", "digits", "--device", "cpu", "--image_size", "8", "--widths", "4,6",
+    "--hidden", "8", "--runs", "3", "--epochs", "2", "--epoch_steps", "6", "--batch_size", "16",
     "--passes", "5", "--report_passes", "4", "--train_images", "50",
 ]  # fmt: skip
 CHUNKS = {"chunk_images": 4, "chunk_passes": 3}
@@ -121,6 +122,67 @@ def test_a_network_without_dropout_is_refused():
         mc_logits(nn.Sequential(nn.Flatten()), torch.ones(1, 2), passes=2, seed=0, **CHUNKS)
 
 
+def passes_differ(network: nn.Module, x: torch.Tensor) -> bool:
+    logits = mc_logits(network, x, passes=8, seed=0).log_softmax(-1)
+    return bool((mutual_information(logits.double()) > 1e-6).all())
+
+
+def test_dropout_is_found_wherever_it_is():
+    """Each pass has masks of its own, in whatever the dropout is nested."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(20, 20), nn.Dropout(0.5))
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Dropout(0.5))
+
+        def forward(self, x):
+            return x + self.inside(x)
+
+    for network in (
+        nn.Sequential(inner, nn.Dropout(1e-9), nn.Linear(20, 3)),
+        nn.Sequential(inner, nn.Linear(20, 3)),
+        nn.Sequential(nn.Sequential(Residual()), nn.Linear(20, 3)),
+        Residual(),
+    ):
+        assert passes_differ(network, torch.randn(5, 20))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3))
+    assert passes_differ(network, torch.randn(5, 4, 8))  # its fast path knows no dropout
+    attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    attention.self_attn.dropout = 0.5
+    assert passes_differ(nn.Sequential(attention, nn.Flatten()), torch.randn(5, 4, 8))
+
+
+def test_the_common_front_of_a_nested_network_is_computed_once():
+    front, calls = nn.Linear(20, 20), []
+    front.register_forward_hook(lambda layer, x, y: calls.append(len(y)))
+    network = nn.Sequential(nn.Sequential(front, nn.ReLU(), nn.Dropout(0.5)), nn.Linear(20, 3))
+    flat = nn.Sequential(front, nn.ReLU(), nn.Dropout(0.5), network[1])
+    x = torch.randn(5, 20)
+    nested = mc_logits(network, x, passes=7, seed=0)
+    assert calls == [5]
+    assert torch.equal(nested, mc_logits(flat, x, passes=7, seed=0))
+
+
+def test_dropout_in_place_does_not_spoil_the_next_passes():
+    network = nn.Sequential(nn.Identity(), nn.Dropout(0.5, inplace=True), nn.Identity())
+    logits = mc_logits(network, torch.ones(4, 400), passes=6, seed=0, chunk_passes=1)
+    assert (logits > 0).double().mean((1, 2)).tolist() == pytest.approx([0.5] * 6, abs=0.06)
+
+
+def test_batch_normalisation_after_dropout_is_refused():
+    """Its statistics are those with dropout on (Li et al. 2019)."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    )
+    with pytest.raises(ValueError, match="batch normalisation after dropout"):
+        mc_logits(network, torch.rand(2, 1, 8, 8), passes=2, seed=0)
+    before = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5))
+    assert mc_logits(before, torch.rand(2, 1, 8, 8), passes=2, seed=0).shape == (2, 2, 64)
+
+
 def test_many_passes_come_to_the_mean_over_all_masks():
     torch.manual_seed(0)
     head = nn.Linear(3, 4).double()
@@ -158,12 +220,13 @@ def test_entropy_and_mutual_information():
 
     mean = probs.mean(0)
     assert torch.allclose(entropy(mean.log()), by_hand(mean))
-    assert torch.allclose(mutual_information(logits), by_hand(mean) - by_hand(probs).mean(0))
-    same = logits[:1].float().expand(5, -1, -1)
+    found = mutual_information(logits.log_softmax(-1))
+    assert torch.allclose(found, by_hand(mean) - by_hand(probs).mean(0))
+    same = logits[:1].float().expand(5, -1, -1).log_softmax(-1)
     assert (mutual_information(same) >= 0).all()
     assert (mutual_information(same) < 1e-5).all()
     sure = 1000 * torch.eye(4, dtype=torch.float64)[:, None]  # each pass is sure of another class
-    assert mutual_information(sure).item() == pytest.approx(math.log(4))
+    assert mutual_information(sure.log_softmax(-1)).item() == pytest.approx(math.log(4))
 
 
 def test_scores_are_those_of_scikit_learn():
@@ -180,7 +243,7 @@ def test_scores_are_those_of_scikit_learn():
     perfect = scores(
         torch.log(torch.eye(4, dtype=torch.float64).clamp(min=1e-300)), torch.arange(4)
     )
-    assert [float(value) for value in perfect.values()] == pytest.approx([1, 0, 0, 0, 0])
+    assert [float(value) for value in perfect.values()] == pytest.approx([1, 0, 0, 0])
 
 
 def test_calibration_error_is_the_weighted_gap_of_fifteen_equal_bins():
@@ -200,23 +263,10 @@ def test_calibration_error_is_the_weighted_gap_of_fifteen_equal_bins():
     assert bin_of(edges).tolist() == [0, 0, 2, 3, 14]
 
 
-def test_adaptive_calibration_error_has_as_many_images_in_each_bin():
-    generator = torch.Generator().manual_seed(0)
-    confidence = 1 - 0.01 * torch.rand(150, generator=generator, dtype=torch.float64)
-    hit = (torch.rand(150, generator=generator) < 0.9).double()
-    order = np.argsort(confidence.numpy())
-    bins = [(hit.numpy()[part], confidence.numpy()[part]) for part in order.reshape(15, 10)]
-    expected = np.mean([abs(right.mean() - sure.mean()) for right, sure in bins])
-    assert adaptive_calibration_error(confidence, hit) == pytest.approx(expected)
-    # all confidences lie in the last equal-width bin, which sees only the mean
-    gap = abs(hit.mean() - confidence.mean())
-    assert calibration_error(confidence, hit) == pytest.approx(float(gap))
-
-
-def test_spread_and_paired_difference():
+def test_mean_sd_and_paired_difference():
     mc, standard = np.random.default_rng(0).normal(size=(2, 10, 4))
     standard = standard[:, 0]
-    found = spread(torch.from_numpy(mc))
+    found = mean_and_sd(torch.from_numpy(mc))
     assert np.allclose(found["mean"], mc.mean(0))
     assert np.allclose(found["sd"], mc.std(0, ddof=1))
     found = paired_difference(torch.from_numpy(mc), torch.from_numpy(standard))
@@ -226,70 +276,126 @@ def test_spread_and_paired_difference():
         assert found["standard_error"][t] == pytest.approx(difference.std(ddof=1) / math.sqrt(10))
 
 
-# --- several networks as one program ----------------------------------------------------------
+def test_one_temperature_is_the_minimum_of_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (6 * torch.randn(300, 4, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    y = torch.distributions.Categorical(logits=log_probs / 3).sample()
+    found = best_temperature(log_probs, y)
+    grid = torch.linspace(0.5, 8, 3000, dtype=torch.float64)
+    losses = torch.stack([F.cross_entropy(log_probs / t, y) for t in grid])
+    assert found == pytest.approx(float(grid[losses.argmin()]), abs=0.003)
+    assert 2 < found < 4.5
+    expected = F.nll_loss(temper(log_probs, found), y)
+    assert expected == pytest.approx(float(losses.min()), abs=1e-6)
+    assert temper(log_probs, found).exp().sum(-1) == pytest.approx(1)
+    assert best_temperature(log_probs, log_probs.argmax(1)) == pytest.approx(0.01, rel=1e-3)
+    assert best_temperature(log_probs, log_probs.argmin(1)) == pytest.approx(100, rel=1e-3)
 
 
-def train_three(networks: list[nn.Module], x: torch.Tensor, y: torch.Tensor) -> None:
-    """Three steps of AdamW, all networks at once; x (steps, R, B, ...), y (steps, R, B)."""
-    parameters, forward = together(networks)
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    for images, classes in zip(x, y, strict=True):
-        optimizer.zero_grad()
-        F.cross_entropy(forward(images).transpose(1, 2), classes, reduction="sum").backward()
-        optimizer.step()
+def test_risk_is_the_error_rate_of_the_most_certain():
+    uncertainty = torch.tensor([0.3, 0.1, 0.9, 0.2])
+    hit = torch.tensor([False, True, False, True])
+    assert risks(uncertainty, hit).tolist() == pytest.approx([0, 0, 1 / 3, 2 / 4])
 
 
-def test_networks_trained_at_once_become_what_each_becomes_alone():
-    def make(seed):
-        torch.manual_seed(seed)
-        sizes = {"channels": 1, "classes": 3, "widths": (4, 6), "hidden": 8, "dropout": 0.0}
-        return make_cnn(**sizes).double()
-
-    x = torch.rand(3, 2, 5, 1, 12, 12, dtype=torch.float64)
-    y = torch.randint(3, (3, 2, 5))
-    both, alone = [make(1), make(2)], [make(1), make(2)]
-    train_three(both, x, y)
-    for number, network in enumerate(alone):
-        train_three([network], x[:, number : number + 1], y[:, number : number + 1])
-    for one, other in zip(both, alone, strict=True):
-        before = make(1).state_dict()
-        for name, value in one.state_dict().items():
-            assert torch.allclose(value, other.state_dict()[name], atol=1e-10), name
-        assert not torch.equal(one.state_dict()["1.running_mean"], before["1.running_mean"])
+# --- active learning --------------------------------------------------------------------------
 
 
-def test_networks_trained_at_once_draw_their_own_masks():
-    network = small_cnn()
-    _, forward = together([network, small_cnn()])
-    first, second = forward(torch.rand(1, 6, 1, 12, 12).expand(2, -1, -1, -1, -1))
-    assert not torch.allclose(first, second)
+class Table(nn.Module):
+    """Logits by the first pixel: a network whose answers are known."""
+
+    def __init__(self, rows: list[list[float]]):
+        super().__init__()
+        self.rows = nn.Parameter(torch.tensor(rows))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows[x.flatten(1)[:, 0].long()]
+
+
+def test_each_method_asks_for_what_it_says():
+    table = Table([[9.0, 0, 0], [0.5, 0.5, -9], [0.2, 0.1, 0.0], [3.0, 0, 0]])
+    network = nn.Sequential(table, nn.Dropout(1e-9))
+    x = torch.arange(4.0)[:, None]
+    options = {"network": network, "x": x, "count": 2, "seed": 0}
+    assert acquire("entropy", **options).tolist() == [2, 1]
+    assert acquire("mc_entropy", **options).tolist() == [2, 1]
+    assert acquire("margin", **options).tolist() == [1, 2]
+    drawn = [acquire("random", **options | {"seed": seed}).tolist() for seed in range(20)]
+    assert len({tuple(one) for one in drawn}) > 5
+    torch.manual_seed(0)
+    unsure = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 2, bias=False))
+    unsure[1].weight.data = torch.tensor([[2.0], [-2.0]])
+    assert acquire("bald", unsure, torch.tensor([[0.0], [0.1], [5.0]]), 1, 0).tolist() == [2]
+    blobs = torch.tensor([[0.0], [0.1], [5.0], [5.1], [9.0], [9.3], [9.1]])
+    sure = nn.Sequential(nn.Identity(), nn.Linear(1, 2))
+    groups = {0: "a", 1: "a", 2: "b", 3: "b", 4: "c", 5: "c", 6: "c"}
+    places = acquire("coreset", sure, blobs, 3, 0).tolist()
+    assert sorted(groups[place] for place in places) == ["a", "b", "c"]
 
 
 # --- data -------------------------------------------------------------------------------------
 
 
 def test_splits_are_disjoint_and_fixed_by_the_seed():
-    images = Images(torch.arange(100).byte().view(100, 1, 1, 1), torch.arange(100))
-    parts = split(images, (0.6, 0.1, 0.3), seed=1)
+    images = DATA.Images(torch.arange(100).byte().view(100, 1, 1, 1), torch.arange(100))
+    parts = DATA.split(images, (0.6, 0.1, 0.3), seed=1)
     assert [len(part.x) for part in parts] == [60, 10, 30]
     assert sorted(torch.cat([part.y for part in parts]).tolist()) == list(range(100))
-    again, other = split(images, (0.6, 0.4), seed=1), split(images, (0.6, 0.4), seed=2)
+    assert all((part.x.flatten() == part.y).all() for part in parts)
+    again = DATA.split(images, (0.6, 0.4), seed=1)
+    other = DATA.split(images, (0.6, 0.4), seed=2)
     assert torch.equal(again[0].y, parts[0].y)
     assert not torch.equal(other[0].y, parts[0].y)
-    digits = load(dataset="digits", data_dir=Path(), image_size=28, seed=0)
-    assert len(digits.train.x) + len(digits.val.x) + len(digits.test.x) == 1797
-    assert digits.test.x.shape[1:] == (1, 28, 28)
+
+
+def test_digits_and_what_is_strange_to_them():
+    digits = DATA.load(dataset="digits", data_dir=Path(), image_size=16, seed=0)
+    assert [len(part.x) for part in (digits.train, digits.val, digits.test)] == [898, 180, 719]
+    assert digits.test.x.shape[1:] == (1, 16, 16)
     assert digits.test.x.max() > 200
+    everything = torch.cat([part.y for part in (digits.train, digits.val, digits.test)])
+    from sklearn.datasets import load_digits as bundled
+
+    assert everything.bincount().tolist() == np.bincount(bundled().target).tolist()
+    means = torch.stack([digits.train.x[digits.train.y == c].float().mean(0) for c in range(10)])
+    distance = torch.cdist(digits.test.x.flatten(1).float(), means.flatten(1))
+    assert (distance.argmin(1) == digits.test.y).double().mean() > 0.85  # images keep their class
+    assert list(digits.strange) == ["photographs", "turned by 90°"]
+    crops = digits.strange["photographs"].float()
+    assert crops.shape == (719, 1, 16, 16)
+    assert digits.test.x[..., 0, 0].float().mean() < 5 < 30 < crops[..., 0, 0].mean()
+    assert (crops.mean((1, 2, 3)).std() > 20) and (crops.std((1, 2, 3)) > 3).double().mean() > 0.7
+    turned = digits.test.x.rot90(1, (2, 3)).float()
+    assert (digits.strange["turned by 90°"].float() - turned).abs().max() <= 1
 
 
-def test_a_quarter_turn_and_each_network_in_its_own_order():
+def test_a_quarter_turn_is_counterclockwise():
     x = torch.rand(2, 3, 8, 8)
-    assert torch.allclose(rotate(x, 90), x.rot90(1, (2, 3)), atol=1e-5)
-    images = Images(torch.arange(5).byte().view(5, 1, 1, 1), torch.arange(5))
-    orders = torch.stack([torch.tensor([4, 3, 2, 1, 0]), torch.tensor([0, 2, 4, 1, 3])])
-    drawn = list(batches(images, 2, orders))
-    assert torch.equal(torch.cat([y for _, y in drawn], 1), orders)
-    assert torch.equal((torch.cat([x for x, _ in drawn], 1) * 255).flatten(1).long(), orders)
+    assert torch.allclose(DATA.rotate(x, 90), x.rot90(1, (2, 3)), atol=1e-5)
+
+
+def test_more_labels_hold_the_fewer_ones():
+    images = DATA.Images(torch.arange(100).byte().view(100, 1, 1, 1), torch.arange(100))
+    few, more = DATA.choose(images, 10, seed=3), DATA.choose(images, 30, seed=3)
+    assert len(set(few.y.tolist())) == 10
+    assert torch.equal(more.y[:10], few.y)
+    assert torch.equal(more.x.flatten(), more.y.byte())
+    assert not torch.equal(DATA.choose(images, 10, seed=4).y, few.y)
+
+
+def test_batches_hold_every_image_as_often_in_another_order_each_time():
+    images = DATA.Images(torch.arange(20).byte().view(20, 1, 1, 1), torch.arange(20))
+    torch.manual_seed(0)
+    first = list(DATA.training_batches(images, 6, 10))
+    second = list(DATA.training_batches(images, 6, 10))
+    assert [len(y) for _, y in first] == [6] * 10
+    seen = torch.cat([y for _, y in first])
+    assert seen[:20].sort().values.tolist() == list(range(20))
+    assert seen[20:40].sort().values.tolist() == list(range(20))
+    assert not torch.equal(seen[:20], seen[20:40])
+    assert not torch.equal(seen, torch.cat([y for _, y in second]))
+    pixels = torch.cat([x for x, _ in first]).flatten()
+    assert torch.allclose(pixels, seen / 255)
 
 
 def write_idx(folder: Path, name: str, count: int) -> None:
@@ -306,18 +412,16 @@ def write_idx(folder: Path, name: str, count: int) -> None:
 def test_mnist_is_read_from_its_folder_with_fashion_beside_it(tmp_path):
     write_idx(tmp_path, "MNIST", 120)
     write_idx(tmp_path, "FashionMNIST", 40)
-    data = load(dataset="auto", data_dir=tmp_path, image_size=28, seed=0)
+    options = {"dataset": "mnist", "data_dir": tmp_path, "image_size": 28, "seed": 0}
+    data = DATA.load(**options)
     assert (data.name, data.note) == ("MNIST", "data: MNIST")
     assert [len(part.x) for part in (data.train, data.val, data.test)] == [110, 10, 60]
-    assert data.fashion.shape == (20, 1, 28, 28)
-
+    assert data.test.y.tolist() == [i % 10 for i in range(60)]
+    assert data.strange["FashionMNIST"].shape == (20, 1, 28, 28)
     labels = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    labels.write_bytes(gzip.compress(labels.read_bytes()))  # forgotten to unpack
-    with pytest.raises(DataError, match=r"MNIST in .* could not be read"):
-        load(dataset="mnist", data_dir=tmp_path, image_size=28, seed=0)
-    fallback = load(dataset="auto", data_dir=tmp_path, image_size=28, seed=0)
-    assert fallback.name == "digits"
-    assert "scikit-learn's digits stand in" in fallback.note
+    labels.write_bytes(labels.read_bytes()[:-20])
+    with pytest.raises(DATA.DataError, match=r"train-labels-idx1-ubyte: damaged"):
+        DATA.load(**options)
 
 
 def make_folder(folder: Path, test_classes: tuple[str, ...] = ("dark", "light")) -> Path:
@@ -333,87 +437,630 @@ def make_folder(folder: Path, test_classes: tuple[str, ...] = ("dark", "light"))
     return folder
 
 
-# --- as a user starts it ----------------------------------------------------------------------
-
-
-def start(*flags: str, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, str(TRAIN), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, text=True, **pipes)
-
-
-def report_of(process: subprocess.Popen, cwd: Path) -> tuple[Path, dict, str]:
-    """Folder, metrics.json and output of a run that has to succeed."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    run = cwd / output.splitlines()[-1]
-    return run, json.loads((run / "metrics.json").read_text()), output
-
-
-def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
+def test_a_folder_of_ones_own(tmp_path):
     folder = make_folder(tmp_path / "shades")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
-    flags = (*TINY, "--dataset", "folder", "--data_dir", str(folder))
-    whole = start(*flags, "--out_dir", "unbroken", cwd=tmp_path)
-    killed = start(*flags, "--out_dir", "killed", cwd=tmp_path)
-    while not list(tmp_path.glob("killed/*/history.pt")):
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
-    (run,) = tmp_path.glob("killed/*")
-    assert not (run / "metrics.json").exists()
-    resumed = report_of(start("--resume", str(run), cwd=tmp_path), tmp_path)
-    unbroken = report_of(whole, tmp_path)
-    assert "1 unreadable files left out, the first: " in unbroken[2]
-    timing = unbroken[1]["metrics"].pop("timing")
-    resumed[1]["metrics"].pop("timing")
-    assert resumed[1]["metrics"] == unbroken[1]["metrics"]
-    history = [(folder / "history.csv").read_text().splitlines() for folder in (run, unbroken[0])]
-    losses = [[line.split(",")[4:] for line in lines] for lines in history]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 1 + 3 * 2
-
-    report = unbroken[1]
-    metrics, headline = report["metrics"], report["headline"]
-    assert report["dataset"] == "shades"
-    assert headline["mc_nll"] == metrics["test"]["mc"]["nll"]["mean"][3]
-    assert headline["standard_ece"] == metrics["test"]["standard"]["ece"]["mean"]
-    ratio = timing["passes_100_seconds_per_10000"] / timing["passes_1_seconds_per_10000"]
-    assert headline["cost_ratio_100_passes"] == ratio
-    for split_name, score in itertools.product(("test", "train"), ("accuracy", "nll", "brier")):
-        numbers = metrics[split_name]
-        difference = numbers["mc_minus_standard"][score]["mean"]
-        assert len(difference) == 5
-        expected = numbers["mc"][score]["mean"][4] - numbers["standard"][score]["mean"]
-        assert difference[4] == pytest.approx(expected, abs=1e-6)
-    assert set(metrics["ood_auroc"]["rotated"]) == {
-        "standard_entropy",
-        "mc_entropy",
-        "mutual_information",
-    }
-    pictures = {path.stem for path in unbroken[0].glob("*.png")}
-    assert pictures == {"passes", "rotation", "reliability", "certainty"}
+    data = DATA.load(dataset="folder", data_dir=folder, image_size=10, seed=0)
+    assert "1 unreadable files left out, the first: " in data.note
+    assert [len(part.x) for part in (data.train, data.val, data.test)] == [22, 2, 12]
+    assert data.classes == ("dark", "light")
+    for x, y in (data.train, data.val, data.test):
+        assert torch.equal(x.float().mean((1, 2, 3)) > 110, y == 1)
+    assert data.strange["photographs"].shape == (12, 3, 10, 10)
 
 
 def test_a_folder_at_fault_is_named_in_one_line(tmp_path):
     folder = make_folder(tmp_path / "shades", test_classes=("dark", "grey"))
-    with pytest.raises(DataError, match="class 'grey' is not in both"):
-        load(dataset="folder", data_dir=folder, image_size=10, seed=0)
+    options = {"dataset": "folder", "data_dir": folder, "image_size": 10, "seed": 0}
+    with pytest.raises(DATA.DataError, match="class 'grey' is not in both"):
+        DATA.load(**options)
+    for path in sorted((folder / "test" / "grey").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(DATA.DataError, match="expected at least 10 readable pictures"):
+        DATA.load(**options)
     (folder / "test" / "white").mkdir()
-    flags = (*TINY, "--dataset", "folder", "--data_dir", str(folder), "--out_dir", "out")
-    process = start(*flags, cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert len(errors.splitlines()) == 1, errors
-    assert "white" in errors
+    with pytest.raises(DATA.DataError, match=r"white: there is no picture"):
+        DATA.load(**options)
 
 
-def test_more_passes_reported_than_made_is_a_mistake(tmp_path):
-    process = start("--report_passes", "200", "--out_dir", "out", cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert errors == (
-        "train.py: error: --report_passes: expected at most passes (100), found 200\n"
+# --- settings ---------------------------------------------------------------------------------
+
+
+def config_of(*flags: str) -> object:
+    kinds = PROJECT.run.get_type_hints(TRAIN.Config, include_extras=True)
+    texts = dict(zip(*(iter([*TINY, *flags]),) * 2, strict=True))
+    texts = {name.removeprefix("--"): text for name, text in texts.items()}
+    return PROJECT.run.read_config(TRAIN.Config, kinds, None, texts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_passes", "200"], r"report_passes: expected at most passes \(5\), found 200"),
+        (["--dropout", "1"], "dropout: expected less than 1, found 1"),
+        (["--runs", "1"], "runs: expected at least 2, found 1"),
+        (["--study", "true", "--compare", "false"], "study: expected false where compare is false"),
+        (["--active", "true", "--active_pool", "50"], "active_pool: expected at least the 120"),
+        (["--image_size", "500"], "image_size: expected at most 128, found 500"),
+    ],
+)
+def test_settings_that_cannot_be_meant(flags, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(*flags)
+
+
+def test_more_labels_than_there_are_is_named():
+    with pytest.raises(DATA.DataError, match="train_images: digits has only 898 images to train"):
+        TRAIN.load_data(config_of("--train_images", "899"), torch.device("cpu"))
+
+
+# --- two steps by hand ------------------------------------------------------------------------
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Rate and momentum are annealed by cosines: up over 30% of the steps from a 25th, down to
+    nothing.
+    """
+    up = 0.3 * steps - 1
+    if step <= up:
+        low, high, done = peak / 25, peak, step / up
+    else:
+        low, high, done = peak, peak / 25e4, (step - up) / (steps - 1 - up)
+    return low + (high - low) * (1 - math.cos(math.pi * done)) / 2
+
+
+def momentum(step: int, steps: int) -> float:
+    up = 0.3 * steps - 1
+    first, last, done = (
+        (0.95, 0.85, step / up) if step <= up else (0.85, 0.95, (step - up) / (steps - 1 - up))
     )
-    assert not (tmp_path / "out").exists()
+    return first + (last - first) * (1 - math.cos(math.pi * done)) / 2
+
+
+def test_two_steps_by_hand():
+    """Forward with dropout, cross-entropy, AdamW with its decay, the one-cycle rate."""
+    flags = ["--epoch_steps", "2", "--epochs", "10", "--batch_size", "7", "--weight_decay", "0.3"]
+    config = config_of(*flags)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images = DATA.Images(x, torch.randint(3, (12,), generator=generator))
+    network, expected = small_cnn().double(), small_cnn().double()
+    optimizer, schedule = TRAIN.new_optimizer(network, config)
+    step_by_step = {"labelled": images, "config": config, "label": ""}
+    convert = DATA.as_float
+
+    DATA.as_float = lambda x: convert(x).double()  # rounding would hide small faults
+    try:
+        torch.manual_seed(5)
+        loss = TRAIN.train_one_epoch(
+            network, optimizer=optimizer, schedule=schedule, **step_by_step
+        )
+    finally:
+        DATA.as_float = convert
+    torch.manual_seed(5)
+    order = torch.cat([torch.randperm(12), torch.randperm(12)])[:14]
+    first, second, losses = {}, {}, []
+    for step, chosen in enumerate(order.split(7)):
+        expected.train()
+        logits = expected((x[chosen].float() / 255).double())
+        hand = -(logits.log_softmax(1)[torch.arange(7), images.y[chosen]]).mean()
+        losses.append(float(hand.detach()))
+        gradients = torch.autograd.grad(hand, list(expected.parameters()))
+        rate, beta = one_cycle(step, 20, config.lr), momentum(step, 20)
+        for place, (weight, g) in enumerate(zip(expected.parameters(), gradients, strict=True)):
+            first[place] = beta * first.get(place, 0) + (1 - beta) * g
+            second[place] = 0.999 * second.get(place, 0) + 0.001 * g**2
+            up, down = (
+                first[place] / (1 - beta ** (step + 1)),
+                second[place] / (1 - 0.999 ** (step + 1)),
+            )
+            with torch.no_grad():
+                weight *= 1 - rate * config.weight_decay
+                weight -= rate * up / (down.sqrt() + 1e-8)
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-9)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(value, expected.state_dict()[name], rtol=1e-6, atol=1e-9), name
+    assert network.training
+
+
+def test_evaluation_is_a_mean_over_images_with_dropout_off_and_on():
+    config, network = config_of(), small_cnn()
+    x = torch.randint(256, (230, 1, 8, 8), dtype=torch.uint8)
+    images = DATA.Images(x, torch.randint(3, (230,)))
+    network.train()
+    found = TRAIN.evaluate(network, images, config)
+    logits = network.eval()(x / 255)
+    assert found["val_loss"] == pytest.approx(
+        float(F.cross_entropy(logits.detach(), images.y)), rel=1e-5
+    )
+    hits = (logits.argmax(1) == images.y).double().mean()
+    assert found["val_accuracy"] == pytest.approx(float(hits))
+    assert found["val_mc_loss"] != pytest.approx(found["val_loss"], rel=1e-6)
+    assert list(TRAIN.evaluate(network, images, config_of("--compare", "false"))) == [
+        "val_mc_loss",
+        "val_mc_accuracy",
+    ]
+
+
+# --- known answers ----------------------------------------------------------------------------
+
+
+def known_data() -> object:
+    """Ten test images of class 0, which the first pixel tells apart; strange ones apart, too."""
+
+    def images(first: range) -> torch.Tensor:
+        x = torch.zeros(len(first), 1, 8, 8, dtype=torch.uint8)
+        x[:, 0, 0, 0] = torch.tensor(list(first)).byte()
+        return x
+
+    zeros = torch.zeros(10, dtype=torch.long)
+    parts = {"train": range(10), "val": range(10, 20), "test": range(20, 30)}
+    parts = {name: DATA.Images(images(numbers), zeros) for name, numbers in parts.items()}
+    strange = {"photographs": images(range(30, 35)), "turned by 90°": images(range(35, 40))}
+    return DATA.Data("known", ("a", "b"), **parts, strange=strange, note="")
+
+
+def log_odds(rights: list[float]) -> torch.Tensor:
+    """Logits (N, 2) for which the probability of class 0 is as given."""
+    right = torch.tensor(rights, dtype=torch.float64)
+    return torch.stack((right.log(), (1 - right).log()), 1)
+
+
+def test_each_number_of_the_headline_is_the_one_of_its_arm(monkeypatch):
+    """Standard dropout is right on 6 of 10, MC on 8; both say .9, over all passes but the first."""
+    config, data = config_of("--report_passes", "2"), known_data()
+    standard = {10: [0.9] * 9 + [0.1], 20: [0.9] * 6 + [0.1] * 4, 30: [0.6] * 5, 35: [0.9] * 5}
+    standard[0] = [0.9] * 10
+    mc = {0: [0.9] * 10, 10: [0.9] * 5 + [0.1] * 5, 20: [0.9] * 8 + [0.1] * 2, 30: [0.9] * 5}
+    mc[35] = [0.9] * 5
+
+    def says(table: dict, x: torch.Tensor) -> torch.Tensor:
+        return log_odds(table[int(255 * x[0, 0, 0, 0] + 0.5)])
+
+    def passes_say(network, x, passes, seed):
+        logits = says(mc, x).expand(passes, -1, -1).clone()
+        if int(255 * x[0, 0, 0, 0] + 0.5) == 35:  # passes disagree about turned images
+            logits[1] = logits[1].flip(1)
+        logits[2:] = 7.0  # what comes after report_passes must not matter
+        return logits
+
+    monkeypatch.setattr(TRAIN, "standard_logits", lambda network, x: says(standard, x))
+    monkeypatch.setattr(TRAIN, "mc_logits", passes_say)
+    outcomes = [TRAIN.assess(None, data.train, data, config, n) for n in range(3)]
+    metrics = TRAIN.summarise(outcomes, config)
+    metrics["ensemble"] = TRAIN.assess_ensemble(outcomes, data)
+    metrics["timing"] = {f"passes_{t}_seconds_per_10000": float(t) for t in (1, 10, 100)}
+    found = TRAIN.headline(metrics, config)
+
+    def nll(right: int, confidence: float) -> float:
+        return -(right * math.log(confidence) + (10 - right) * math.log(1 - confidence)) / 10
+
+    unsure = 1 / (1 + (0.1 / 0.9) ** 0.01)  # at the largest temperature, 100
+    expected = {
+        "standard_accuracy": 0.6,
+        "standard_nll": nll(6, 0.9),
+        "standard_nll_tempered": nll(6, 0.9),  # on validation it is right as often as it says
+        "standard_ece": 0.3,
+        "standard_ece_tempered": 0.3,
+        "standard_risk": sum(max(0, k - 6) / k for k in range(1, 11)) / 10,
+        "standard_auroc": 1.0,  # it is less sure of photographs than of any test image
+        "mc_accuracy": 0.8,
+        "mc_nll": nll(8, 0.9),
+        "mc_nll_tempered": nll(8, unsure),  # right on half of validation: it should say .5
+        "mc_ece": 0.1,
+        "mc_ece_tempered": 0.8 - unsure,
+        "mc_risk": sum(max(0, k - 8) / k for k in range(1, 11)) / 10,
+        "mc_auroc": 0.5,
+        "ensemble_nll": nll(6, 0.9),
+        "cost_ratio_100_passes": 100.0,
+    }
+    assert found == pytest.approx(expected, abs=2e-3) and list(found) == list(expected)
+    turned = {kind: one["mean"] for kind, one in metrics["auroc"]["turned by 90°"].items()}
+    assert turned["mutual_information"] == turned["mc_entropy"] == 1
+    assert turned["standard_entropy"] == 0.5
+    assert metrics["test"]["mc_minus_standard"]["accuracy"]["mean"][1] == pytest.approx(0.2)
+    difference = metrics["test"]["mc_minus_standard_tempered"]["nll"]["mean"]
+    assert difference == pytest.approx(nll(8, unsure) - nll(6, 0.9), abs=1e-3)
+    minus = metrics["auroc"]["photographs"]["mutual_information"]["minus_standard"]["mean"]
+    assert minus == pytest.approx(-0.5)
+    assert metrics["ensemble"]["auroc"] == {"photographs": 1.0, "turned by 90°": 0.5}
+
+
+def test_the_ensemble_averages_the_networks_probabilities():
+    data = known_data()
+    rights = ([0.8] * 10, [0.4] * 10)
+    outcomes = [
+        TRAIN.Outcome({}, {}, {}, {"standard": dict.fromkeys(
+            ("val", "test", *data.strange), log_odds(one).log_softmax(-1))})
+        for one in rights
+    ]  # fmt: skip
+    outcomes = [
+        one._replace(log_probs={"standard": {
+            part: x[: 5 if part in data.strange else 10] for part, x in
+            one.log_probs["standard"].items()}})
+        for one in outcomes
+    ]  # fmt: skip
+    found = TRAIN.assess_ensemble(outcomes, data)
+    assert found["networks"] == 2
+    assert found["plain"]["nll"] == pytest.approx(-math.log(0.6), abs=1e-6)
+    assert found["plain"]["accuracy"] == 1
+
+
+# --- one tiny run, looked at from all sides ---------------------------------------------------
+
+
+def tiny() -> tuple[Path, dict]:
+    folder = tiny_run("mc_dropout")[0]
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
+def rows_of(folder: Path) -> list[dict]:
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
+
+
+def network_of(folder: Path, number: int) -> nn.Sequential:
+    network = make_cnn(channels=1, classes=10, widths=(4, 6), hidden=8, dropout=0.5)
+    network.load_state_dict(torch.load(folder / f"run{number}.pt", weights_only=True))
+    return network.eval()
+
+
+def by_hand(log_probs: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    probs = np.exp(log_probs)
+    top, hit = probs.max(1), probs.argmax(1) == y
+    bins = np.minimum(np.ceil(top * 15).astype(int), 15)
+    ece = sum(abs(hit[bins == b].sum() - top[bins == b].sum()) for b in range(1, 16)) / len(y)
+    nll = log_loss(y, probs, labels=range(10))
+    return {"accuracy": accuracy_score(y, probs.argmax(1)), "nll": nll, "ece": ece}
+
+
+def unsure_of(said: dict, side: str, part: str) -> np.ndarray:
+    """Entropy of standard dropout, mutual information of MC dropout."""
+    mean = -(np.exp(said[side, part]) * said[side, part]).sum(1)
+    each = said["passes", part]
+    return mean if side == "standard" else mean + (each * np.log(each)).sum(2).mean(0)
+
+
+def test_the_headline_is_computed_again_from_the_saved_weights():
+    folder, report = tiny()
+    digits = DATA.load(dataset="digits", data_dir=Path(), image_size=8, seed=0)
+    images = {"val": digits.val.x, "test": digits.test.x, "odd": digits.strange["photographs"]}
+    found = []
+    for number in range(3):
+        network, said = network_of(folder, number), {}
+        for part, x in images.items():
+            with torch.no_grad():
+                said["standard", part] = network(x / 255).double().log_softmax(-1).numpy()
+            logits = mc_logits(network, x / 255, passes=5, seed=number)[:4].double()
+            said["passes", part] = logits.softmax(-1).numpy()
+            said["mc", part] = np.log(said["passes", part].mean(0))
+        row, y = {}, digits.test.y.numpy()
+        for side in ("standard", "mc"):
+            row |= {f"{side}_{k}": v for k, v in by_hand(said[side, "test"], y).items()}
+            grid = np.exp(np.linspace(math.log(0.01), math.log(100), 4000))
+            val = torch.from_numpy(said[side, "val"])
+            losses = [float(F.cross_entropy(val / t, digits.val.y)) for t in grid]
+            scaled = torch.from_numpy(said[side, "test"]) / grid[np.argmin(losses)]
+            row[f"{side}_nll_tempered"] = by_hand(scaled.log_softmax(1).numpy(), y)["nll"]
+            unsure = -(np.exp(said[side, "test"]) * said[side, "test"]).sum(1)
+            wrong = (said[side, "test"].argmax(1) != y)[np.argsort(unsure, kind="stable")]
+            row[f"{side}_risk"] = (wrong.cumsum() / np.arange(1, len(y) + 1)).mean()
+
+        for side in ("standard", "mc"):
+            pair = [unsure_of(said, side, part) for part in ("test", "odd")]
+            truth = np.repeat([0, 1], [len(part) for part in pair])
+            row[f"{side}_auroc"] = roc_auc_score(truth, np.concatenate(pair))
+        found.append(row)
+    for name in found[0]:
+        expected = np.mean([row[name] for row in found])
+        assert report["headline"][name] == pytest.approx(expected, abs=2e-5), name
+    said = [network_of(folder, n)(digits.test.x / 255).softmax(1).double() for n in range(3)]
+    mean = torch.stack(said).mean(0).log().detach().numpy()
+    expected = log_loss(digits.test.y, np.exp(mean), labels=range(10))
+    assert report["headline"]["ensemble_nll"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_a_run_leaves():
+    folder, report = tiny()
+    rows = rows_of(folder)
+    assert [(row["stage"], row["epoch"]) for row in rows] == [
+        (f"run{n}", str(epoch)) for n in range(3) for epoch in (1, 2)
+    ]
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == {"worth", "passes", "rotation", "reliability", "certainty"}
+    metrics = report["metrics"]
+    assert set(metrics["auroc"]) == {"photographs", "turned by 90°"}
+    assert (
+        len(metrics["test"]["mc"]["nll"]["mean"]) == len(metrics["train"]["mc"]["nll"]["sd"]) == 5
+    )
+    history = torch.load(folder / "history.pt", weights_only=True)
+    assert history["finished"]
+    state = torch.load(folder / "model.pt", weights_only=True)
+    for name, value in network_of(folder, 0).state_dict().items():
+        assert torch.equal(state["weights"][name], value)
+    others = [network_of(folder, n).state_dict()["0.weight"] for n in range(3)]
+    assert not torch.equal(others[0], others[1]) and not torch.equal(others[1], others[2])
+
+
+def test_the_last_weights_are_those_after_all_steps(monkeypatch, tmp_path):
+    """Nothing chooses an epoch: fit leaves what training left."""
+    config = config_of()
+    data = TRAIN.load_data(config, torch.device("cpu"))
+    left, steps = [], []
+    train_one_epoch = TRAIN.train_one_epoch
+
+    def watch(network, labelled, optimizer, *rest):
+        loss = train_one_epoch(network, labelled, optimizer, *rest)
+        left.append({name: x.clone() for name, x in network.state_dict().items()})
+        steps.append(int(next(iter(optimizer.state.values()))["step"]))
+        return loss
+
+    monkeypatch.setattr(TRAIN, "train_one_epoch", watch)
+    PROJECT.run.open_run(tmp_path / "run", config, "known")
+    some = DATA.choose(data.train, 50, 0)
+    network = TRAIN.fit("run0", some, data, config, tmp_path / "run", 0)
+    assert steps == [6, 12]
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, left[-1][name])
+    assert not torch.equal(left[0]["0.weight"], left[1]["0.weight"])
+
+
+def test_each_run_begins_with_weights_of_its_own():
+    config = config_of()
+    data = TRAIN.load_data(config, torch.device("cpu"))
+    first, again, other = (TRAIN.new_network(data, config, number) for number in (0, 0, 1))
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+    assert first[-2].p == first[-5].p == config.dropout
+
+
+def numbers_of(data: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict:
+    """Rows, weights and metrics of a tiny run on `data`, without pictures and timing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN, "load_data", lambda config, device: data)
+        patch.setattr(TRAIN, "plot_results", lambda *_: None)
+        times = {f"passes_{t}_seconds_per_10000": 1.0 for t in (1, 10, 100)}
+        patch.setattr(TRAIN, "time_passes", lambda *_: times)
+        output = call(TRAIN, *TINY, "--runs", "2", *flags, "--out_dir", tmp_path)
+    folder = Path(output.splitlines()[-1])
+    report = json.loads((folder / "metrics.json").read_text())
+    return {
+        "weights": {name: x.tolist() for name, x in network_of(folder, 1).state_dict().items()},
+        "train_loss": [row["train_loss"] for row in rows_of(folder)],
+        "val_rows": [(row["val_loss"], row["val_mc_loss"]) for row in rows_of(folder)],
+        "train": report["metrics"]["train"],
+        "test": {k: v for k, v in report["metrics"]["test"].items() if "tempered" not in k},
+        "tempered": [report["metrics"]["test"][f"{s}_tempered"] for s in ("standard", "mc")],
+        "temperature": [
+            report["metrics"]["test"][f"{s}_tempered"]["temperature"] for s in ("standard", "mc")
+        ],
+        "risk": report["metrics"]["risk"],
+        "auroc": report["metrics"]["auroc"],
+        "ensemble": report["metrics"]["ensemble"]["plain"],
+        "active": report["metrics"].get("active"),
+    }
+
+
+def other_labels(images: object) -> object:
+    return images._replace(y=images.y.flip(0))
+
+
+def other_images(images: object) -> object:
+    return images._replace(x=255 - images.x)
+
+
+def test_what_each_part_of_the_data_may_move(tmp_path, monkeypatch):
+    """A leak is an output that moves, a dead wire one that does not."""
+    data = TRAIN.load_data(config_of(), torch.device("cpu"))
+    order = torch.randperm(898, generator=torch.Generator().manual_seed(0))
+    used, unused = order[:50], order[50:]
+
+    def disturbed(places: torch.Tensor) -> object:
+        x, y = data.train.x.clone(), data.train.y.clone()
+        x[places], y[places] = 255 - x[places], (y[places] + 1) % 10
+        return data._replace(train=DATA.Images(x, y))
+
+    odd = {name: 255 - x for name, x in data.strange.items()}
+    everything = {"weights", "train_loss", "val_rows", "train", "test", "tempered", "temperature"}
+    everything |= {"risk", "auroc", "ensemble"}
+    table = {
+        "labelled": (disturbed(used), everything),
+        "not labelled": (disturbed(unused), set()),
+        "validation labels": (
+            data._replace(val=other_labels(data.val)), {"val_rows", "tempered", "temperature"}
+        ),
+        "validation images": (
+            data._replace(val=other_images(data.val)), {"val_rows", "tempered", "temperature"}
+        ),
+        "test labels": (
+            data._replace(test=other_labels(data.test)), {"test", "tempered", "risk", "ensemble"}
+        ),
+        "test images": (
+            data._replace(test=other_images(data.test)),
+            {"test", "tempered", "risk", "auroc", "ensemble"},
+        ),
+        "strange images": (data._replace(strange=odd), {"auroc"}),
+    }  # fmt: skip
+    before = numbers_of(data, tmp_path, monkeypatch)
+    for name, (changed, moves) in table.items():
+        after = numbers_of(changed, tmp_path, monkeypatch)
+        assert {key for key in before if before[key] != after[key]} == moves, name
+
+
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
+    whole, report = tiny()
+    train_until("mc_dropout", 3, *TINY, "--out_dir", tmp_path)
+    (broken,) = tmp_path.iterdir()
+    assert not (broken / "metrics.json").exists()
+    resumed = json.loads((train("mc_dropout", "--resume", broken) / "metrics.json").read_text())
+    for one in (report, resumed):
+        one["metrics"].pop("timing")
+    assert resumed["metrics"] == report["metrics"]
+    assert rows_of(broken) == rows_of(whole)
+
+
+def test_without_a_comparison_nothing_of_standard_dropout_is_left(tmp_path):
+    folder = train("mc_dropout", *TINY, "--compare", "false", "--out_dir", tmp_path)
+    report = json.loads((folder / "metrics.json").read_text())
+    assert not [name for name in report["headline"] if name.startswith(("standard", "ensemble"))]
+    assert "standard" not in json.dumps(report["metrics"]["test"])
+    assert not (folder / "run1.pt").exists()
+    assert "val_loss" not in rows_of(folder)[0]
+    _, whole = tiny()
+    assert rows_of(folder)[-1]["train_loss"] == rows_of(tiny()[0])[1]["train_loss"]
+    assert set(report["headline"]) < set(whole["headline"])
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == {"worth", "passes", "rotation", "reliability", "certainty"}
+
+
+STUDIES = [
+    "--study", "true", "--study_images", "20,50", "--active", "true", "--active_start", "10",
+    "--active_step", "5", "--active_rounds", "2", "--active_pool", "60", "--active_seeds", "2",
+]  # fmt: skip
+
+
+def test_studies_and_active_learning(tmp_path, monkeypatch):
+    """The size of labels, who starts with what, and what no method may see: hidden labels."""
+    asked, trained, assessed = [], [], []
+    acquire_, train_, assess_ = TRAIN.acquire, TRAIN.train_one_epoch, TRAIN.assess
+
+    def watch(method, network, x, count, seed):
+        places = acquire_(method, network, x, count, seed)
+        asked.append((method, len(x), count, x[places].flatten(1).sum(1).tolist()))
+        return places
+
+    def watch_train(network, labelled, optimizer, schedule, config, label):
+        start = float(network[0].weight.detach().abs().sum())
+        loss = train_(network, labelled, optimizer, schedule, config, label)
+        trained.append((label, len(labelled.y), start, labelled.y.sum().item()))
+        return loss
+
+    def watch_assess(network, labelled, *rest):
+        assessed.append(len(labelled.y))
+        return assess_(network, labelled, *rest)
+
+    monkeypatch.setattr(TRAIN, "acquire", watch)
+    monkeypatch.setattr(TRAIN, "train_one_epoch", watch_train)
+    monkeypatch.setattr(TRAIN, "assess", watch_assess)
+    folder = train("mc_dropout", *TINY, *STUDIES, "--out_dir", tmp_path)
+    report = json.loads((folder / "metrics.json").read_text())
+    assert list(report["metrics"]["study"]) == ["20", "50"]
+    assert assessed == [50] * 3 + [20] * 3 + [50] * 3
+    nll = report["metrics"]["study"]["20"]
+    difference = nll["mc"]["nll"]["mean"] - nll["standard"]["nll"]["mean"]
+    assert nll["mc_minus_standard"]["nll"]["mean"] == pytest.approx(difference, abs=1e-6)
+
+    active = report["metrics"]["active"]
+    assert active["labels"] == [10, 15, 20]
+    rows = [row for row in rows_of(folder) if row["stage"].startswith("active")]
+    for method in TRAIN.METHODS:
+        stages = [f"active-{method}-seed{seed}" for seed in (0, 1)]
+        of_method = [
+            [float(row["test_accuracy"]) for row in rows if row["stage"] == stage]
+            for stage in stages
+        ]
+        assert active[method]["mean"] == pytest.approx(np.mean(of_method, 0), abs=1e-6)
+        random = np.array(active["random"]["mean"])
+        minus = np.array(active[method]["minus_random"]["mean"])
+        assert minus == pytest.approx(np.array(active[method]["mean"]) - random, abs=2e-6)
+        over = active[method]["minus_entropy_over_rounds"]["mean"]
+        expected = np.mean(active[method]["mean"]) - np.mean(active["entropy"]["mean"])
+        assert over == pytest.approx(expected, abs=2e-6)
+    assert report["headline"]["active_bald_accuracy"] == pytest.approx(
+        np.mean(active["bald"]["mean"])
+    )
+    assert len(asked) == 6 * 2 * 3 and {one[2] for one in asked} == {5}
+    assert [one[1] for one in asked[:3]] == [50, 45, 40]
+    first = [one for one in trained if "seed0 round 1 epoch 1" in one[0]]
+    assert len(first) == 6 and len({one[1:] for one in first}) == 1  # the same labels and weights
+    other = [one for one in trained if "seed1 round 1 epoch 1" in one[0]]
+    assert other[0][2:] != first[0][2:]
+
+    data = TRAIN.load_data(config_of(*STUDIES), torch.device("cpu"))
+    before, asked_before = active, list(asked)
+    asked.clear()
+    pool = torch.randperm(898, generator=torch.Generator().manual_seed(0))[:60]
+    known = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:10]
+    hidden = torch.ones(898, dtype=torch.bool)
+    hidden[pool[known]] = False
+    y = torch.where(hidden, (data.train.y + 1) % 10, data.train.y)
+    flags = [*STUDIES, "--study", "false", "--active_seeds", "2"]
+    changed = data._replace(train=DATA.Images(data.train.x, y))
+    after = numbers_of(changed, tmp_path / "hidden", monkeypatch, *flags)["active"]
+    for place in range(0, len(asked), 6):  # the first round of seed 0, of each method
+        assert asked[place] == asked_before[place]
+    assert after["bald"]["mean"][1:] != before["bald"]["mean"][1:]
+
+
+# --- one's own pictures -----------------------------------------------------------------------
+
+
+def test_predict_says_what_evaluation_says(tmp_path):
+    folder, _ = tiny()
+    digits = DATA.load(dataset="digits", data_dir=Path(), image_size=8, seed=0)
+    pictures = tmp_path / "mine"
+    pictures.mkdir()
+    for number, picture in enumerate(digits.test.x[:12]):
+        Image.fromarray(picture[0].numpy()).save(pictures / f"{number:02}.png")
+    (pictures / "a broken one.png").write_bytes(b"no picture")
+    output = call(PROJECT.predict, folder, pictures, "--out_dir", tmp_path / "out")
+    results = Path(output.splitlines()[-1])
+    with (results / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{n:02}.png" for n in range(12)]
+    assert "1 unreadable" in output and "a broken one.png" in output
+    config = config_of("--passes", "4")  # as many as predict.py makes
+    answer = TRAIN.answer(network_of(folder, 0), digits.test.x[:12], None, config, 0)
+    probs = answer.log_probs["mc"].exp()
+    assert [row["class"] for row in rows] == [str(int(c)) for c in probs.argmax(1)]
+    columns = {
+        "probability": probs.max(1).values,
+        "entropy": answer.uncertainty["mc_entropy"],
+        "mutual_information": answer.uncertainty["mutual_information"],
+    }
+    for name, values in columns.items():
+        assert [float(row[name]) for row in rows] == pytest.approx(values.tolist(), abs=2e-6)
+    assert (results / "certainty.png").is_file()
+
+
+def test_pictures_of_any_kind_are_taken(tmp_path):
+    folder, _ = tiny()
+    generator = np.random.default_rng(0)
+    ramp = generator.integers(0, 255, (17, 23), dtype=np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray((ramp.astype(np.uint16) + 1) * 200).save(tmp_path / "grey16.png")
+    Image.fromarray(np.dstack([ramp] * 4)).save(tmp_path / "alpha.png")
+    picture = Image.fromarray(np.dstack([ramp] * 3))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    output = call(PROJECT.predict, folder, tmp_path, "--out_dir", tmp_path / "out", "--invert")
+    results = Path(output.splitlines()[-1])
+    assert len((results / "predictions.csv").read_text().splitlines()) == 1 + 4
+    with pytest.raises(DATA.DataError, match="no picture could be read"):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "x.png").write_bytes(b"x")
+        call(PROJECT.predict, folder, tmp_path / "x", "--out_dir", tmp_path / "out")
+
+
+def test_pictures_survive_the_least_data(tmp_path):
+    """Two images, one class of them, a name with a dollar."""
+    plots, path = PROJECT.plots, tmp_path / "a.png"
+    log_probs = {"mc": torch.full((1, 2, 2), 0.5).log()}
+    y = torch.zeros(2, dtype=torch.long)
+    plots.plot_reliability(log_probs, y, {"mc": 0.1}, "a", path)
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    plots.plot_certainty(x, y, log_probs["mc"][0].exp(), ("$a$", "b"), "a", path)
+    probs = {"mc": torch.full((2, 3, 2), 0.5)}
+    plots.plot_rotation(torch.zeros(3, 1, 8, 8), [0, 15, 30], probs, ("$a", "b"), "a", path)
+    plots.plot_extremes({"most certain": [("$", x[0])], "least certain": []}, path)
+    assert path.is_file()
+
+
+def test_the_network_can_be_exported():
+    network = small_cnn().eval()
+    x = torch.rand(2, 1, 12, 12)
+    exported = torch.export.export(network, (x,)).module()
+    assert torch.allclose(exported(x), network(x), atol=1e-6)
