@@ -14,9 +14,7 @@ Masks are drawn anew in each epoch of training (Liu et al. 2019, "RoBERTa"), onc
 import math
 import re
 import string
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -151,12 +149,6 @@ def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return answer.logits[0].float()
 
 
-def ordinary_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The same as usually written: the head on every piece, in fp32."""
-    answer = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return answer.logits[batch["labels"] != IGNORE]
-
-
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. (1) of logits (|M|, vocabulary) and pieces (|M|,); 0 if no piece was chosen."""
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
@@ -254,58 +246,6 @@ def fillings(
     return list(zip(words, best.values.tolist(), strict=True))
 
 
-def compare_speed(
-    model: nn.Module, masked: list[dict], groups: dict, pad_id: int, max_length: int
-) -> tuple[dict, dict]:
-    """The share of padding, and the speed of training steps, by recipe: `ordinary`, which pads to
-    max_length and has the head on every piece, and `ours`; `groups` are the batches of each.
-
-    The rate is 0 and dropout is off: both see the same weights to the end and have the same loss.
-    """
-    lengths = {"ordinary": max_length, "ours": None}
-    batches = {
-        recipe: [pad([masked[place] for place in group], pad_id, lengths[recipe]) for group in own]
-        for recipe, own in groups.items()
-    }
-    model.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    logits_of = {"ordinary": ordinary_logits, "ours": masked_logits}
-    seconds, losses = dict.fromkeys(batches, math.inf), {}
-    for _ in range(3):  # in turn, and the best of three: other work may share the machine
-        for recipe, own in batches.items():
-            began = time.perf_counter()
-            losses[recipe] = pass_over(own, model, logits_of[recipe], optimizer)
-            seconds[recipe] = min(seconds[recipe], time.perf_counter() - began)
-    texts = sum(len(batch["labels"]) for batch in batches["ours"])
-    pieces = sum(int(batch["attention_mask"].sum()) for batch in batches["ours"])
-    padding = {
-        recipe: 1 - pieces / sum(batch["labels"].numel() for batch in own)
-        for recipe, own in batches.items()
-    }
-    return padding, {
-        "tweets_per_second": {recipe: texts / s for recipe, s in seconds.items()},
-        "pieces_per_second": {recipe: pieces / s for recipe, s in seconds.items()},
-        "times_faster": seconds["ordinary"] / seconds["ours"],
-        "loss": losses,
-    }
-
-
-def pass_over(
-    batches: list[dict], model: nn.Module, logits_of: Callable, optimizer: torch.optim.Optimizer
-) -> float:
-    """Train on every batch once; the loss per chosen piece."""
-    total, count = 0.0, 0
-    for batch in batches:
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        labels = batch["labels"][batch["labels"] != IGNORE]
-        loss = mlm_loss(logits_of(model, batch), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total, count = total + loss.detach().double() * len(labels), count + len(labels)
-    return float(total) / max(count, 1)
-
-
 def adamw(
     model: nn.Module, steps: int, *, lr: float, warmup: float, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -350,36 +290,12 @@ def kind(word: str, piece: str) -> str:
 # --- models -----------------------------------------------------------------------------------
 
 
-def quiet() -> None:
-    """transformers reports neither missing weights nor progress: the run says both in a line."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def load_pretrained(
-    name: str, *, local: bool, dropout: float | None = None
-) -> tuple[nn.Module, object, list[str]]:
-    """Model, tokenizer, and what of its head the checkpoint lacked. Raises OSError, ValueError.
-
-    `name` is a folder or a name on the hub; `local`: only what is on this machine; `dropout` takes
-    the place of a BERT's own.
-    """
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    options = {"local_files_only": local}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if tokenizer.mask_token is None or not tokenizer.is_fast:
-        raise ValueError("its tokenizer has no mask token, or is not a fast one")
-    if dropout is not None:
-        options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    model, report = AutoModelForMaskedLM.from_pretrained(
-        name, **options, dtype=torch.float32, output_loading_info=True
-    )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError("its tokenizer has more pieces than the model")
-    return model, tokenizer, sorted(report["missing_keys"])
+def longest_text(model: nn.Module, tokenizer) -> int:
+    """Pieces that the model has places for."""
+    places = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    if "roberta" in model.config.model_type:  # they begin after the padding's
+        places -= model.config.pad_token_id + 1
+    return min(places, tokenizer.model_max_length)
 
 
 def from_scratch(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,8 +27,9 @@ def plot_curves(
         1, 2 if pretraining else 1, figsize=(9, 4), layout="constrained", squeeze=False, sharey=True
     )
     axes = panels[0, -1]
-    draw(axes, history["scratch"], "val_loss", "from scratch, validation", BASELINE)
-    draw(axes, history["scratch"], "train_loss", "from scratch, train", BASELINE, ":")
+    if "scratch" in history:
+        draw(axes, history["scratch"], "val_loss", "from scratch, validation", BASELINE)
+        draw(axes, history["scratch"], "train_loss", "from scratch, train", BASELINE, ":")
     draw(axes, history["after"], "train_loss", "pretrained, train", TRAIN)
     draw(axes, history["after"], "val_loss", "pretrained, validation", VALIDATION)
     axes.axhline(unigram, color="black", linestyle="--", linewidth=1, label="unigram, validation")
@@ -61,6 +63,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
         "before": ("pretrained, before", BEFORE),
         "after": ("fine-tuned", METHOD),
     }
+    styles = {name: style for name, style in styles.items() if name in scores}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4), width_ratios=(2, 5), layout="constrained"
     )
