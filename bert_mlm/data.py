@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 SAMPLE = Path(__file__).resolve().parent / "sample_tweets.csv"
 SHARES = (0.65, 0.15, 0.2)  # train, validation, test
+ALIKE = 6  # words in a row that make two tweets near-duplicates
 LINK = re.compile(r"https?://\S+|\bwww\.\S+")
 NAME = re.compile(r"(?<!\w)@\w+")
 
@@ -55,8 +56,8 @@ def load(
 ) -> Tweets:
     """The splits of `dataset`; `csv` is csv_file or, if that is not there, the one in data_dir.
 
-    Duplicates leave before the split; of more than `most_tweets` tweets as many are drawn at
-    random. Raises DataError, which names the file.
+    Duplicates leave before the split, near-duplicates come into one part of it; of more than
+    `most_tweets` tweets as many are drawn at random. Raises DataError, which names the file.
     """
     path, name, bad = SAMPLE, "sample tweets (for real ones see tweets.yaml)", []
     if dataset == "csv":
@@ -73,11 +74,10 @@ def load(
     note = f"data: {name}, {len(texts)} different tweets of {len(full)}"
     note += f" ({len(rows) - len(full)} rows without text)"
     note += f"; {len(bad)} rows left out, the first: {bad[0]}" if bad else ""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    texts = [texts[place] for place in order[:most_tweets]]  # shuffled: the file may be sorted
-    first, second = (round(share * len(texts)) for share in (SHARES[0], sum(SHARES[:2])))
-    name = name.split(" (")[0]
-    return Tweets(name, texts[:first], texts[first:second], texts[second:], note)
+    parts = split(near_duplicates(texts), most_tweets, seed)
+    if not all(parts):
+        raise DataError(f"{path}: its tweets are too much alike to be split into three parts")
+    return Tweets(name.split(" (")[0], *parts, note)
 
 
 def find_csv(path: Path, data_dir: Path) -> Path:
@@ -110,6 +110,15 @@ def read_csv(path: Path, columns: list[str], bad: list[str]) -> Iterator[list[st
         raise DataError(f"{path}: not a csv in UTF-8, after line {line}: {error}") from error
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text. Raises DataError that names the file."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from (line.rstrip("\n") for line in file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text in UTF-8: {error}") from error
+
+
 def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]:
     """Their places. Raises DataError for one that is missing or stands twice."""
     for column in columns:
@@ -121,13 +130,57 @@ def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]
     return [header.index(column) for column in columns]
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Without links, names, case or a leading RT."""
+    key = re.sub(r"^\W*rt\b", "", NAME.sub(" ", LINK.sub(" ", text)).casefold().strip())
+    return tuple(re.findall(r"[#\w]+", key))
+
+
 def without_duplicates(texts: list[str]) -> list[str]:
-    """The first of all texts that differ only in links, names, case, blanks or a leading RT."""
+    """The first of all texts of the same words."""
     first = {}
     for text in texts:
-        key = re.sub(r"^\W*rt\b", "", NAME.sub(" ", LINK.sub(" ", text)).casefold().strip())
-        first.setdefault(" ".join(re.findall(r"[#\w]+", key)), text)
+        first.setdefault(words(text), text)
     return [text for key, text in first.items() if key]
+
+
+def near_duplicates(texts: list[str]) -> list[list[str]]:
+    """Groups of texts that share ALIKE words in a row, directly or through others of the group."""
+    leader = list(range(len(texts)))  # of each text's group: its first text, or one on the way
+
+    def first(place: int) -> int:
+        while leader[place] != place:
+            leader[place] = place = leader[leader[place]]
+        return place
+
+    seen = {}
+    for place, text in enumerate(texts):
+        own = words(text)
+        for begin in range(len(own) - ALIKE + 1):
+            other = first(seen.setdefault(own[begin : begin + ALIKE], place))
+            low, high = sorted((other, first(place)))
+            leader[high] = low
+    groups = {}
+    for place, text in enumerate(texts):
+        groups.setdefault(first(place), []).append(text)
+    return list(groups.values())
+
+
+def split(groups: list[list[str]], most: int, seed: int) -> list[list[str]]:
+    """At most `most` texts in three parts of about SHARES, each group in one part, drawn by `seed`:
+    the file may be sorted.
+    """
+    most = min(most, sum(map(len, groups)))
+    ends = [round(sum(SHARES[: number + 1]) * most) for number in range(3)]
+    parts, done = [[], [], []], 0
+    for place in torch.randperm(
+        len(groups), generator=torch.Generator().manual_seed(seed)
+    ).tolist():
+        if done < most:
+            part = next(number for number in range(3) if done < ends[number])
+            parts[part] += groups[place]
+            done += len(groups[place])
+    return parts
 
 
 def normalise(text: str, links: str, names: str) -> str:
@@ -274,13 +327,15 @@ def load_pretrained(
 # --- batches ----------------------------------------------------------------------------------
 
 
-def bucketed(lengths: list[int], batch_size: int) -> list[list[int]]:
+def bucketed(
+    lengths: list[int], batch_size: int, generator: torch.Generator | None = None
+) -> list[list[int]]:
     """Batches of numbers of texts, of about the same length each, in random order.
 
     Sorted within random pools of 32 batches, so that the batches differ from epoch to epoch.
     """
     batches = []
-    for pool in torch.randperm(len(lengths)).split(32 * batch_size):
+    for pool in torch.randperm(len(lengths), generator=generator).split(32 * batch_size):
         pool = sorted(pool.tolist(), key=lengths.__getitem__)
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[place] for place in torch.randperm(len(batches)).tolist()]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]

@@ -14,7 +14,10 @@ import math
 import os
 import platform
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,21 +42,27 @@ from model import (
     IGNORE,
     Masking,
     adamw,
+    best_words,
     encode,
     evaluate,
     evaluate_constant,
-    fillings,
+    fill,
     from_scratch,
+    interval,
     longest_text,
+    mask_error,
     masked_logits,
     mlm_loss,
+    resampled,
     small_bert,
+    summary,
     unigram_logits,
     word_pieces,
 )
 from plots import plot_accuracy, plot_curves, plot_gaps
 from run import (
     Batch,
+    Count,
     Decay,
     Epochs,
     Rate,
@@ -71,6 +80,15 @@ from run import (
     try_plot,
 )
 
+FIRST_STEPS = 10  # from which the time is estimated
+MOST_MASKS = 100
+MASK_ERROR = 0.02
+GAPS = 200  # test tweets in which a word is filled
+PROMPTS = (
+    "a magnitude 7.8 [MASK] hit the south of the country",
+    "my family is trapped under the [MASK]",
+    "we need [MASK] and blankets",
+)
 MaskShare = Annotated[float, ">= 0.01", "< 1"]
 HEADLINE = {  # whose score each is
     "perplexity_before": ("before", "perplexity"),
@@ -104,11 +122,16 @@ class Config:
     epochs: Epochs
     patience: Epochs
     batch_size: Batch
+    epoch_steps: Count
+    checkpoint_minutes: Annotated[float, ">= 0", "<= 1440"]
     lr: Rate
+    head_lr: Rate
     small_lr: Rate
     scratch_lr: Rate
     warmup: Annotated[float, ">= 0", "< 1"]
     weight_decay: Decay
+    masks: Annotated[int, ">= 2", "<= 100"]
+    val_masks: Annotated[int, ">= 1", "<= 100"]
     seeds: Annotated[int, ">= 1", "<= 1000"]
     compare: bool
     pretrain_characters: Annotated[int, ">= 10000", "<= 1000000000"]
@@ -142,11 +165,12 @@ class Stage(NamedTuple):
     name: str
     train: list[dict]
     val: list[dict]  # masked already
-    epochs: int
+    epochs: int  # passes over train
     patience: int
     batch_size: int
     lr: float
     seed: int
+    fresh: tuple[str, ...] = ()  # parameters that learn at head_lr
 
 
 class Trial(NamedTuple):
@@ -155,6 +179,7 @@ class Trial(NamedTuple):
     tweets: Tweets
     models: dict[str, nn.Module]  # before, after, scratch
     scores: dict[str, dict]  # of these on test, and unigram
+    gain: dict | None  # by what the loss of scratch is more than that of after
     val_unigram: float  # its loss
     history: dict[str, list[dict]]
 
@@ -167,7 +192,11 @@ def main() -> None:
     start = starting_point(config, run, device, tweets)
     trials = [compare(start, config, run, config.seed + n) for n in range(config.seeds)]
     metrics = summarise(trials, start)
-    plot_results(trials[0], start, config, run)
+    gaps = fill_tweets(trials[0], start, config)
+    prompts = fill_prompts(trials[0], start)
+    metrics["right_words"] = right_words(gaps, trials[0].models)
+    metrics["prompts"] = {"[MASK]".join(row["text"]): row["best"] for row in prompts}
+    plot_results(trials[0], prompts, gaps, start, config, run)
     save_model(trials[0], start, config, run)
     finish_run(
         run,
@@ -207,9 +236,9 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
         folder = small_bert_folder(config)
         open_run(run, config, *data, folder.name)
         if not folder.exists():
+            config.data_dir.mkdir(parents=True, exist_ok=True)
             pretrain(folder, config, run, device)
-        found = load_pretrained(str(folder), local=True, dropout=config.dropout)
-        pretraining = json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))
+        *found, pretraining = read_kept(folder, config.dropout)
         about |= {"name": "small BERT", "pretraining": pretraining}
     else:
         seed_everything(0, "head")  # where the checkpoint lacks one
@@ -285,18 +314,30 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
 
 
 def keep(model: nn.Module, tokenizer, about: dict, folder: Path) -> None:
-    """All of it, or nothing."""
+    """All of it, or nothing. Raises DataError if it cannot be written."""
+    for old in folder.parent.glob("small-bert-*.tmp"):  # of a run that was killed
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
         beside.rename(folder)
-    except OSError:
+    except Exception as error:  # a full disk is no OSError to safetensors
         if not folder.exists():  # else another run was first, and its weights are the same
-            raise
+            raise DataError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_kept(folder: Path, dropout: float) -> tuple[nn.Module, object, list[str], dict]:
+    """What `keep` wrote: model, tokenizer, nothing missing, about. Raises DataError."""
+    try:
+        about = json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))
+        return *load_pretrained(str(folder), local=True, dropout=dropout), about
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{folder} is damaged; remove it and start again ({error})") from error
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -304,49 +345,71 @@ def keep(model: nn.Module, tokenizer, about: dict, folder: Path) -> None:
 
 def compare(start: Start, config: Config, run: Path, seed: int) -> Trial:
     """Fine-tuned beside from scratch: the same tweets, masks, epochs at most and patience."""
-    tweets = load_tweets(config, seed)
+    tweets, pad_id = load_tweets(config, seed), start.tokenizer.pad_token_id
     train, val, test = (encode(start.tokenizer, part, config.max_length) for part in tweets[1:4])
-    val, test = start.masking.fixed(val, 2 * seed), start.masking.fixed(test, 2 * seed + 1)
+    val = several_masks(val, start.masking, 2 * seed, config.val_masks)
     models, history = {"before": start.model, "after": copy.deepcopy(start.model)}, {}
-    rates = {"after": start.lr}
+    budget = (train, val, config.epochs, config.patience, config.batch_size)
+    fresh = tuple(start.about["missing"])
+    stages = {"after": Stage(f"finetune-seed{seed}", *budget, start.lr, seed, fresh)}
     if config.compare:
-        rates["scratch"] = config.scratch_lr
         seed_everything(seed, "scratch")
         models["scratch"] = from_scratch(start.model).to(start.model.device)
-    for name, lr in rates.items():
-        budget = (config.epochs, config.patience, config.batch_size, lr, seed)
-        stage = Stage(f"{'finetune' if name == 'after' else name}-seed{seed}", train, val, *budget)
+        stages["scratch"] = Stage(f"scratch-seed{seed}", *budget, config.scratch_lr, seed)
+    for name, stage in stages.items():
         history[name] = fit(models[name], stage, start.masking, config, run)
-    pad_id = start.tokenizer.pad_token_id
-    scores = {name: evaluate(model, test, pad_id).summary() for name, model in models.items()}
-    logits = unigram_logits(train, len(start.tokenizer))
-    scores["unigram"] = evaluate_constant(logits, test).summary()
-    val_unigram = evaluate_constant(logits, val).summary()["loss"]
-    return Trial(tweets, models, scores, val_unigram, history)
+    scorers = {name: partial(evaluate, model, pad_id=pad_id) for name, model in models.items()}
+    scorers["unigram"] = partial(evaluate_constant, unigram_logits(train, len(start.tokenizer)))
+    sums = test_sums(scorers, test, start.masking, 2 * seed + 1, config.masks)
+    scores = {name: describe(own) for name, own in sums.items()}
+    gain = pretraining_gain(sums) if config.compare else None
+    val_unigram = summary(scorers["unigram"](val))["loss"]
+    return Trial(tweets, models, scores, gain, val_unigram, history)
 
 
 def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: Path) -> list[dict]:
     """Leaves the weights of the best validation loss in `model`; returns a row per epoch.
 
-    Row 0 is the model as it came.
+    Row 0 is the model as it came. An epoch is a pass over the texts or, of a pass that needs more
+    than `epoch_steps` steps, a part: as much as may be lost when the run is killed.
     """
-    steps = stage.epochs * math.ceil(len(stage.train) / stage.batch_size)
-    rates = {"lr": stage.lr, "warmup": config.warmup, "weight_decay": config.weight_decay}
-    optimizer, schedule = adamw(model, steps, **rates)
+    steps = math.ceil(len(stage.train) / stage.batch_size)
+    parts_of_pass = math.ceil(steps / config.epoch_steps)
+    optimizer, schedule = adamw(
+        model,
+        stage.epochs * steps,
+        lr=stage.lr,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        fresh=stage.fresh,
+        fresh_lr=config.head_lr,
+    )
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    options = {"best": ("val_loss", min), "patience": stage.patience, "first": 0}
-    for row in epochs(run, stage.name, parts, stage.epochs, stage.seed, **options):
+    count, patience = stage.epochs * parts_of_pass, stage.patience * parts_of_pass
+    options = {"best": ("val_loss", min), "patience": patience, "first": 0}
+    for row in epochs(run, stage.name, parts, count, stage.seed, **options):
         if row["epoch"]:
+            number, part = divmod(row["epoch"] - 1, parts_of_pass)
+            batches = batches_of_pass(stage, number)[part::parts_of_pass]
             label = f"{stage.name} epoch {row['epoch']}"
-            row["train_loss"] = train_one_epoch(model, stage, masking, optimizer, schedule, label)
-        scores = evaluate(model, stage.val, masking.tokenizer.pad_token_id).summary()
+            row["train_loss"] = train_one_epoch(
+                model, stage, batches, masking, optimizer, schedule, label
+            )
+        scores = summary(evaluate(model, stage.val, masking.tokenizer.pad_token_id))
         row |= {f"val_{name}": scores[name] for name in ("loss", "perplexity", "top1", "top5")}
     return read_rows(run, stage.name)
+
+
+def batches_of_pass(stage: Stage, number: int) -> list[list[int]]:
+    """The same in each part of the pass."""
+    generator = torch.Generator().manual_seed(1_000_003 * stage.seed + number)
+    return bucketed([len(text["input_ids"]) for text in stage.train], stage.batch_size, generator)
 
 
 def train_one_epoch(
     model: nn.Module,
     stage: Stage,
+    batches: list[list[int]],
     masking: Masking,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -354,8 +417,7 @@ def train_one_epoch(
 ) -> float:
     """Loss per chosen piece. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    losses, pieces = [], 0
-    batches = bucketed([len(text["input_ids"]) for text in stage.train], stage.batch_size)
+    losses, pieces, began = [], 0, time.perf_counter()
     for chosen in tqdm(batches, label, leave=False, disable=None):
         batch = masking([stage.train[place] for place in chosen])
         batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -368,7 +430,65 @@ def train_one_epoch(
         schedule.step()
         losses.append(loss.detach() * len(labels))
         pieces += len(labels)
+        if len(losses) == FIRST_STEPS:
+            tell_time(stage, schedule, (time.perf_counter() - began) / FIRST_STEPS)
     return float(sum_losses(losses, label)) / max(pieces, 1)
+
+
+def tell_time(stage: Stage, schedule: torch.optim.lr_scheduler.LRScheduler, seconds: float) -> None:
+    """Of a stage's first steps, once, if it takes more than a minute."""
+    steps = stage.epochs * math.ceil(len(stage.train) / stage.batch_size)
+    if schedule.last_epoch == FIRST_STEPS and steps * seconds > 60:
+        minutes = f"about {steps * seconds / 60:.0f} minutes"
+        print(f"{stage.name}: {seconds:.2g} s a step, {minutes} for at most {steps} steps")
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def several_masks(texts: list[dict], masking: Masking, seed: int, count: int) -> list[dict]:
+    """Each text under `count` fixed masks. Raises DataError if they choose no piece."""
+    masked = [one for number in range(count) for one in masking.fixed(texts, seed, number)]
+    if not any((one["labels"] != IGNORE).any() for one in masked):
+        raise DataError("mask_probability: not one piece of the validation texts was chosen")
+    return masked
+
+
+def test_sums(
+    scorers: dict[str, Callable], texts: list[dict], masking: Masking, seed: int, least: int
+) -> dict[str, torch.Tensor]:
+    """Sums (masks, texts, kinds, 4) by model, all under the same fixed masks: at least `least`, and
+    so many that the masks' choice moves no perplexity by more than MASK_ERROR (standard error).
+    """
+    sums = {name: [] for name in scorers}
+    for number in range(MOST_MASKS):
+        masked = masking.fixed(texts, seed, number)
+        for name, score in scorers.items():
+            sums[name].append(score(masked=masked))
+        if number + 1 >= least and all(
+            mask_error(torch.stack(own)) < MASK_ERROR for own in sums.values()
+        ):
+            break
+    return {name: torch.stack(own) for name, own in sums.items()}
+
+
+def describe(sums: torch.Tensor) -> dict:
+    """Scores, with 95% bootstrap intervals over the texts."""
+    loss, top1, _, count = resampled(sums).T
+    error = {"masks": len(sums), "standard_error_of_masks": mask_error(sums)}
+    intervals = {
+        "perplexity_interval": interval((loss / count).exp()),
+        "top1_interval": interval(top1 / count),
+    }
+    return summary(sums) | error | intervals
+
+
+def pretraining_gain(sums: dict[str, torch.Tensor]) -> dict:
+    """Loss from scratch minus loss after fine-tuning, on the same masks of the same texts."""
+    losses = [resampled(sums[name])[:, 0] for name in ("scratch", "after")]
+    counts = resampled(sums["after"])[:, 3]
+    mean = summary(sums["scratch"])["loss"] - summary(sums["after"])["loss"]
+    return {"mean": mean, "interval": interval((losses[0] - losses[1]) / counts)}
 
 
 # --- report -----------------------------------------------------------------------------------
@@ -387,33 +507,72 @@ def summarise(trials: list[Trial], start: Start) -> dict:
         "epochs": {name: len(rows) - 1 for name, rows in first.history.items()},
         "test_loss_of_seeds": losses,
     }
-    if "scratch" in losses:
-        gains = [s - a for s, a in zip(losses["scratch"], losses["after"], strict=True)]
-        metrics["scratch_minus_after"] = {"mean": mean(gains)}
+    if first.gain:
+        gains = [trial.gain["mean"] for trial in trials]
+        metrics["scratch_minus_after"] = {"mean": mean(gains), "of_seeds": gains}
+        metrics["scratch_minus_after"]["interval_of_first"] = first.gain["interval"]
         if len(gains) > 1:
             error = stdev(gains) / math.sqrt(len(gains))
             metrics["scratch_minus_after"]["standard_error"] = error
     return metrics
 
 
-def gaps(trial: Trial, start: Start, config: Config, count: int = 4) -> list[dict]:
-    """The first test tweets, each with one word masked that the seed chooses among those that are
-    one piece, and the best fillings before and after.
+def fill_prompts(trial: Trial, start: Start) -> list[dict]:
+    """PROMPTS and their best fillings by each model."""
+    tokenizer = start.tokenizer
+    texts = [prompt.replace("[MASK]", tokenizer.mask_token) for prompt in PROMPTS]
+    pieces = tokenizer(texts)["input_ids"]
+    found = {name: fill(model, tokenizer, pieces) for name, model in trial.models.items()}
+    best = {name: best_words(tokenizer, probs) for name, probs in found.items()}
+    return [
+        {"text": prompt.split("[MASK]"), "word": None, "best": {n: b[row] for n, b in best.items()}}
+        for row, prompt in enumerate(PROMPTS)
+    ]
+
+
+def fill_tweets(trial: Trial, start: Start, config: Config) -> list[dict]:
+    """Of the first test tweets, each with one whole word masked that the seed chooses: the word,
+    its log-probability and the best fillings by each model.
     """
-    found, generator = [], torch.Generator().manual_seed(config.seed)
-    for one in encode(start.tokenizer, trial.tweets.test, config.max_length):
-        text, spans = one["text"], one["offset_mapping"]
-        places = whole_words(text, spans)
-        if not places or len(found) == count:
+    found, texts, generator = [], [], torch.Generator().manual_seed(config.seed)
+    for one in encode(start.tokenizer, trial.tweets.test[:GAPS], config.max_length):
+        text, spans, pieces = one["text"], one["offset_mapping"], one["input_ids"]
+        if not (places := whole_words(text, spans)):
             continue
         place = places[int(torch.randint(len(places), (1,), generator=generator))]
         begin, end = spans[place]
-        best = {
-            when: fillings(trial.models[when], start.tokenizer, one["input_ids"], place)
-            for when in ("before", "after")
-        }
-        found.append({"text": (text[:begin], text[end:]), "word": text[begin:end].strip()} | best)
+        gap = {"text": [text[:begin], text[end:]], "word": text[begin:end].strip()}
+        found.append(gap | {"piece": pieces[place], "best": {}, "log_prob": {}})
+        texts.append([*pieces[:place], start.tokenizer.mask_token_id, *pieces[place + 1 :]])
+    for name, model in trial.models.items() if found else ():
+        probs = torch.cat([fill(model, start.tokenizer, [text]) for text in texts])
+        best = best_words(start.tokenizer, probs)
+        for row, gap in enumerate(found):
+            gap["best"][name] = best[row]
+            gap["log_prob"][name] = float(probs[row, gap["piece"]].log())
     return found
+
+
+def right_words(gaps: list[dict], models: dict) -> dict:
+    """The share of whole words for which the best filling is the word."""
+    right = {
+        name: sum(gap["best"][name][0][0] == gap["word"].lower() for gap in gaps)
+        / max(len(gaps), 1)
+        for name in models
+    }
+    return {"words": len(gaps)} | right
+
+
+def chosen_gaps(gaps: list[dict], seed: int) -> dict[str, list[dict]]:
+    """Three for which fine-tuning raised the word's probability most, three at random."""
+    gain = [gap["log_prob"]["after"] - gap["log_prob"]["before"] for gap in gaps]
+    order = sorted(range(len(gaps)), key=gain.__getitem__, reverse=True)
+    rest = [
+        order[3:][i]
+        for i in torch.randperm(len(order[3:]), generator=torch.Generator().manual_seed(seed))
+    ]
+    parts = {"improved most": order[:3], "at random": rest[:3]}
+    return {name: [gaps[place] for place in own] for name, own in parts.items()}
 
 
 def headline(trials: list[Trial]) -> dict[str, float]:
@@ -425,7 +584,9 @@ def headline(trials: list[Trial]) -> dict[str, float]:
     }
 
 
-def plot_results(trial: Trial, start: Start, config: Config, run: Path) -> None:
+def plot_results(
+    trial: Trial, prompts: list[dict], gaps: list[dict], start: Start, config: Config, run: Path
+) -> None:
     """The pictures, of the first seed."""
     title = f"{start.about['name']} on {trial.tweets.name}"
     result = f"{title}: test perplexity " + ", ".join(
@@ -435,7 +596,8 @@ def plot_results(trial: Trial, start: Start, config: Config, run: Path) -> None:
     curves = (trial.history, pretraining, trial.val_unigram)
     try_plot(plot_curves, *curves, result, run / "curves.png")
     try_plot(plot_accuracy, trial.scores, result, run / "accuracy.png")
-    try_plot(plot_gaps, gaps(trial, start, config), title, run / "gaps.png")
+    rows = {"fixed prompts": prompts} | chosen_gaps(gaps, config.seed)
+    try_plot(plot_gaps, rows, title, run / "gaps.png")
 
 
 def save_model(trial: Trial, start: Start, config: Config, run: Path) -> None:
@@ -445,6 +607,8 @@ def save_model(trial: Trial, start: Start, config: Config, run: Path) -> None:
     description = {
         "project": "bert_mlm",
         "max_length": config.max_length,
+        "links": config.links,
+        "names": config.names,
         "files": {path.name: path.read_text() for path in (run / "model").glob("*.json")},
         "weights": trial.models["after"].state_dict(),
     }
