@@ -387,6 +387,7 @@ def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: P
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     count, patience = stage.epochs * parts_of_pass, stage.patience * parts_of_pass
     options = {"best": ("val_loss", min), "patience": patience, "first": 0}
+    options["every"] = 60 * config.checkpoint_minutes
     for row in epochs(run, stage.name, parts, count, stage.seed, **options):
         if row["epoch"]:
             number, part = divmod(row["epoch"] - 1, parts_of_pass)

@@ -912,10 +912,12 @@ def run_folder() -> Path:
     return tiny_run("bert_mlm")[0]
 
 
-@pytest.mark.parametrize("checkpoints", [1, 5, 8])  # in pretraining, in fine-tuning, in scratch
-def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, run_folder, checkpoints):
+@pytest.mark.parametrize(
+    ("checkpoints", "minutes"), [(1, 0), (5, 0), (2, 60)]
+)  # in pretraining, in fine-tuning, in scratch where each stage has one checkpoint, its last
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, run_folder, checkpoints, minutes):
     flags = [*TINY, "--data_dir", tmp_path / "data", "--out_dir", tmp_path]
-    train_until("bert_mlm", checkpoints, *flags)
+    train_until("bert_mlm", checkpoints, *flags, "--checkpoint_minutes", minutes)
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "data")
     assert not (folder / "metrics.json").exists()
     assert numbers_of(train("bert_mlm", "--resume", folder)) == numbers_of(run_folder)
