@@ -638,6 +638,21 @@ def test_two_steps_by_hand(start, monkeypatch):
     assert not torch.allclose(weight, before[name], atol=1e-3)
 
 
+def test_the_settings_reach_the_optimizer(start, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(T, "train_one_epoch", lambda *parts: given.append(parts[4:6]) or 1.0)
+    texts = model.encode(start.tokenizer, some_texts(0, 30), 64)
+    masked = start.masking.fixed(texts, 0)
+    stage = T.Stage("s", texts, masked, 2, 2, 4, 1e-3, 0, ("cls.predictions.bias",))
+    config = settings(weight_decay=0.25, warmup=0.5, head_lr=0.7)
+    T.fit(copy.deepcopy(start.model), stage, start.masking, config, tmp_path)
+    optimizer, schedule = given[0]
+    groups = {(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert groups == {(1e-3, 0.25), (1e-3, 0.0), (0.7, 0.0)}
+    shares = [schedule.lr_lambdas[0](step) for step in range(17)]  # two passes of eight steps
+    assert shares == pytest.approx([min(step, 16 - step) / 8 for step in range(17)])
+
+
 def test_training_has_dropout_and_evaluation_none(start, tmp_path, monkeypatch):
     modes = {"train": set(), "test": set()}
     net = copy.deepcopy(start.model)
