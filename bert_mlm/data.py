@@ -173,9 +173,8 @@ def split(groups: list[list[str]], most: int, seed: int) -> list[list[str]]:
     most = min(most, sum(map(len, groups)))
     ends = [round(sum(SHARES[: number + 1]) * most) for number in range(3)]
     parts, done = [[], [], []], 0
-    for place in torch.randperm(
-        len(groups), generator=torch.Generator().manual_seed(seed)
-    ).tolist():
+    generator = torch.Generator().manual_seed(seed)
+    for place in torch.randperm(len(groups), generator=generator).tolist():
         if done < most:
             part = next(number for number in range(3) if done < ends[number])
             parts[part] += groups[place]
