@@ -1,30 +1,37 @@
-"""Tweets from a csv, without duplicates, in three splits; and general English to pretrain on.
+"""Tweets from a csv, without duplicates, in three splits; general English; pretrained models.
 
-csv      one's own csv of tweets, read by Hugging Face `datasets`
 sample   sample_tweets.csv beside this file, written for this project
+csv      one's own csv of tweets
 """
 
 import ast
+import csv
 import re
+import sys
 import sysconfig
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 SAMPLE = Path(__file__).resolve().parent / "sample_tweets.csv"
 SHARES = (0.65, 0.15, 0.2)  # train, validation, test
+ALIKE = 6  # words in a row that make two tweets near-duplicates
 LINK = re.compile(r"https?://\S+|\bwww\.\S+")
 NAME = re.compile(r"(?<!\w)@\w+")
 
+# --- reading files: the same in every project that has it --------------------------------------
+
 
 class DataError(Exception):
-    """Why the data or the model cannot be used, in one line for the person who started the run."""
+    """Why the data cannot be used, in one line for the person who started the run."""
+
+
+# --- end of reading files ---------------------------------------------------------------------
 
 
 class Tweets(NamedTuple):
@@ -44,68 +51,135 @@ def load(
     links: str,
     names: str,
     most_tweets: int,
-    cache_dir: Path,
+    data_dir: Path,
     seed: int,
 ) -> Tweets:
-    """The splits of `dataset`; `auto` is csv_file if it is there, else the sample.
+    """The splits of `dataset`; `csv` is csv_file or, if that is not there, the one in data_dir.
 
-    Duplicates leave before the split; of more than `most_tweets` tweets as many are drawn at
-    random. Raises DataError, which names the file.
+    Duplicates leave before the split, near-duplicates come into one part of it; of more than
+    `most_tweets` tweets as many are drawn at random. Raises DataError, which names the file.
     """
-    note, name = "", csv_file.stem
-    if dataset == "sample" or (dataset == "auto" and not csv_file.is_file()):
-        if dataset == "auto":
-            note = f"{csv_file} is not there: the tweets written for this project stand in; "
-        csv_file, text_column, name = SAMPLE, "content", "sample tweets"
-    texts, empty = read_csv(csv_file, text_column, language, cache_dir)
-    found = len(texts)
-    texts = [normalise(text, links, names) for text in without_duplicates(texts)]
+    path, name, bad = SAMPLE, "sample tweets (for real ones see tweets.yaml)", []
+    if dataset == "csv":
+        path = find_csv(csv_file, data_dir)
+        name = path.stem
+    column = text_column if dataset == "csv" else "content"
+    rows = list(read_csv(path, [column] + ["language"] * (language != "any"), bad))
+    rows = [row for row in rows if language in ("any", row[-1])]
+    full = [row[0] for row in rows if row[0].strip()]
+    texts = [normalise(text, links, names) for text in without_duplicates(full)]
     texts = [text for text in texts if text]
     if len(texts) < 10:
-        raise DataError(f"{csv_file}: expected at least 10 different tweets, found {len(texts)}")
-    note += f"data: {name}, {len(texts)} different tweets of {found} ({empty} rows without text)"
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    texts = [texts[place] for place in order[:most_tweets]]  # shuffled: the file may be sorted
-    first, second = (round(share * len(texts)) for share in (SHARES[0], sum(SHARES[:2])))
-    return Tweets(name, texts[:first], texts[first:second], texts[second:], note)
+        raise DataError(f"{path}: expected at least 10 different tweets, found {len(texts)}")
+    note = f"data: {name}, {len(texts)} different tweets of {len(full)}"
+    note += f" ({len(rows) - len(full)} rows without text)"
+    note += f"; {len(bad)} rows left out, the first: {bad[0]}" if bad else ""
+    parts = split(near_duplicates(texts), most_tweets, seed)
+    if not all(parts):
+        raise DataError(f"{path}: its tweets are too much alike to be split into three parts")
+    return Tweets(name.split(" (")[0], *parts, note)
 
 
-def read_csv(path: Path, text_column: str, language: str, cache_dir: Path) -> tuple[list, int]:
-    """The texts whose column `language` says so (`any`: all), and the number of empty rows."""
-    import datasets  # imported where it is used: it is slow
+def find_csv(path: Path, data_dir: Path) -> Path:
+    for place in (path, data_dir / path.name):
+        if place.is_file():
+            return place
+    raise DataError(f"{path}: there is no such file, nor {data_dir / path.name}")
 
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+def read_csv(path: Path, columns: list[str], bad: list[str]) -> Iterator[list[str]]:
+    """The cells of these columns as text, row by row; a row with more cells than the header, whose
+    commas are no separators, is left out and named in `bad`.
+
+    Raises DataError that names the file.
+    """
+    line = 0
     try:
-        table = datasets.Dataset.from_csv(str(path), cache_dir=str(cache_dir / "csv"))
-    except Exception as error:  # datasets wraps what pandas, pyarrow and the codec raise
-        reason = error.__cause__ or error
-        raise DataError(f"{path}: not a csv in UTF-8: {' '.join(str(reason).split())}") from error
-    needed = [text_column] if language == "any" else [text_column, "language"]
-    for column in needed:
-        if column not in table.column_names:
-            there = ", ".join(table.column_names)
-            hint = "" if column == text_column else " (--language any takes all rows)"
-            raise DataError(f"{path}: there is no column '{column}' among {there}{hint}")
-    table = table.select_columns(needed).to_dict()
-    texts = table[text_column]
-    if language != "any":
-        texts = [
-            text for text, own in zip(texts, table["language"], strict=True) if own == language
-        ]
-    full = [str(text) for text in texts if text is not None and str(text).strip()]
-    return full, len(texts) - len(full)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.reader(file, strict=True)
+            header = next(table, [])
+            places = find_columns(path, header, columns)
+            for row in table:
+                line, cells = table.line_num, len(row)
+                if any(row[len(header) :]):
+                    bad.append(f"{path}: line {line} has {cells} cells, the header {len(header)}")
+                elif row:
+                    row += [""] * (len(header) - cells)
+                    yield [row[place] for place in places]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a csv in UTF-8, after line {line}: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text. Raises DataError that names the file."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from (line.rstrip("\n") for line in file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text in UTF-8: {error}") from error
+
+
+def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]:
+    """Their places. Raises DataError for one that is missing or stands twice."""
+    for column in columns:
+        if header.count(column) != 1:
+            there = ", ".join(header)[:200]
+            hint = " (--language any takes all rows)" if column == "language" else ""
+            count = "two columns" if column in header else "no column"
+            raise DataError(f"{path}: there is {count} '{column}' among {there}{hint}")
+    return [header.index(column) for column in columns]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Without links, names, case or a leading RT."""
+    key = re.sub(r"^\W*rt\b", "", NAME.sub(" ", LINK.sub(" ", text)).casefold().strip())
+    return tuple(re.findall(r"[#\w]+", key))
 
 
 def without_duplicates(texts: list[str]) -> list[str]:
-    """The first of all texts that differ only in links, names, case, blanks or a leading RT."""
+    """The first of all texts of the same words."""
     first = {}
     for text in texts:
-        key = re.sub(r"^\W*rt\b", "", NAME.sub(" ", LINK.sub(" ", text)).casefold().strip())
-        first.setdefault(" ".join(re.findall(r"[#\w]+", key)), text)
+        first.setdefault(words(text), text)
     return [text for key, text in first.items() if key]
+
+
+def near_duplicates(texts: list[str]) -> list[list[str]]:
+    """Groups of texts that share ALIKE words in a row, directly or through others of the group."""
+    leader = list(range(len(texts)))  # of each text's group: its first text, or one on the way
+
+    def first(place: int) -> int:
+        while leader[place] != place:
+            leader[place] = place = leader[leader[place]]
+        return place
+
+    seen = {}
+    for place, text in enumerate(texts):
+        own = words(text)
+        for begin in range(len(own) - ALIKE + 1):
+            other = first(seen.setdefault(own[begin : begin + ALIKE], place))
+            low, high = sorted((other, first(place)))
+            leader[high] = low
+    groups = {}
+    for place, text in enumerate(texts):
+        groups.setdefault(first(place), []).append(text)
+    return list(groups.values())
+
+
+def split(groups: list[list[str]], most: int, seed: int) -> list[list[str]]:
+    """At most `most` texts in three parts of about SHARES, each group in one part, drawn by `seed`:
+    the file may be sorted.
+    """
+    most = min(most, sum(map(len, groups)))
+    ends = [round(sum(SHARES[: number + 1]) * most) for number in range(3)]
+    parts, done = [[], [], []], 0
+    generator = torch.Generator().manual_seed(seed)
+    for place in torch.randperm(len(groups), generator=generator).tolist():
+        if done < most:
+            part = next(number for number in range(3) if done < ends[number])
+            parts[part] += groups[place]
+            done += len(groups[place])
+    return parts
 
 
 def normalise(text: str, links: str, names: str) -> str:
@@ -125,20 +199,6 @@ def whole_words(text: str, spans: list[tuple[int, int]]) -> list[int]:
         if len(word) > 3 and word.isalpha() and not re.search(r"[\w#@]", around):
             found.append(place)
     return found
-
-
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
 
 
 # --- general English --------------------------------------------------------------------------
@@ -199,16 +259,82 @@ def prose(paragraph: str) -> str:
     return text
 
 
+# --- pretrained models ------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """transformers reports neither missing weights nor loading, which the run says in a line; the
+    bar of a download stays.
+    """
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+
+
+def find_model(
+    name: str, data_dir: Path, dropout: float | None = None
+) -> tuple[nn.Module, object, list[str]]:
+    """Model, tokenizer, and what of its head the checkpoint lacked.
+
+    `name` is a folder, one in data_dir/checkpoints, or a name on the hub, whose own variables (as
+    HF_ENDPOINT) count. `dropout` takes the place of a BERT's own. Raises DataError.
+    """
+    from huggingface_hub import constants
+
+    for folder in (Path(name).expanduser(), data_dir / "checkpoints" / name):
+        if folder.is_dir():
+            return load_pretrained(str(folder), local=True, dropout=dropout)
+    try:
+        return load_pretrained(name, local=True, dropout=dropout)
+    except DataError:  # not in the hub's cache
+        about = f"{name} from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}"
+        tqdm.write(f"downloading {about}", file=sys.stderr)
+    try:
+        return load_pretrained(name, local=False, dropout=dropout)
+    except DataError as error:
+        hand = f"by hand: {data_dir / 'checkpoints' / name}"
+        raise DataError(f"could not download {about}: {error}; {hand}") from error
+
+
+def load_pretrained(
+    name: str, *, local: bool, dropout: float | None = None
+) -> tuple[nn.Module, object, list[str]]:
+    """As find_model. Code that comes with a model is not run. Raises DataError."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if tokenizer.mask_token is None or not tokenizer.is_fast:
+            raise ValueError("its tokenizer has no mask token, or is not a fast one")
+        if dropout is not None:
+            options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            name, **options, dtype=torch.float32, output_loading_info=True
+        )
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError("its tokenizer has more pieces than the model")
+    except Exception as error:  # of damaged files, each reader has its own
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{name}: no masked language model: {reason}") from error
+    return model, tokenizer, sorted(report["missing_keys"])
+
+
 # --- batches ----------------------------------------------------------------------------------
 
 
-def bucketed(lengths: list[int], batch_size: int) -> list[list[int]]:
+def bucketed(
+    lengths: list[int], batch_size: int, generator: torch.Generator | None = None
+) -> list[list[int]]:
     """Batches of numbers of texts, of about the same length each, in random order.
 
     Sorted within random pools of 32 batches, so that the batches differ from epoch to epoch.
     """
     batches = []
-    for pool in torch.randperm(len(lengths)).split(32 * batch_size):
+    for pool in torch.randperm(len(lengths), generator=generator).split(32 * batch_size):
         pool = sorted(pool.tolist(), key=lengths.__getitem__)
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[place] for place in torch.randperm(len(batches)).tolist()]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,8 +27,9 @@ def plot_curves(
         1, 2 if pretraining else 1, figsize=(9, 4), layout="constrained", squeeze=False, sharey=True
     )
     axes = panels[0, -1]
-    draw(axes, history["scratch"], "val_loss", "from scratch, validation", BASELINE)
-    draw(axes, history["scratch"], "train_loss", "from scratch, train", BASELINE, ":")
+    if "scratch" in history:
+        draw(axes, history["scratch"], "val_loss", "from scratch, validation", BASELINE)
+        draw(axes, history["scratch"], "train_loss", "from scratch, train", BASELINE, ":")
     draw(axes, history["after"], "train_loss", "pretrained, train", TRAIN)
     draw(axes, history["after"], "val_loss", "pretrained, validation", VALIDATION)
     axes.axhline(unigram, color="black", linestyle="--", linewidth=1, label="unigram, validation")
@@ -54,13 +56,17 @@ def draw(axes, rows: list[dict], key: str, label: str, color: str, style: str = 
 
 
 def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
-    """Top-1 and top-5 accuracy on test, over all masked pieces, and top-1 by kind of word."""
+    """Top-1 and top-5 accuracy on test, over all masked pieces, and top-1 by kind of word.
+
+    The bars of top-1 bear 95% intervals over the tweets.
+    """
     styles = {
         "unigram": ("most frequent pieces", "black"),
         "scratch": ("from scratch", BASELINE),
         "before": ("pretrained, before", BEFORE),
         "after": ("fine-tuned", METHOD),
     }
+    styles = {name: style for name, style in styles.items() if name in scores}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4), width_ratios=(2, 5), layout="constrained"
     )
@@ -78,6 +84,9 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
             values = [own[k] if axes is left else own["by_kind"][k]["top1"] for k in group.values()]
             places = np.arange(len(group)) + 0.2 * (number - 1.5)
             axes.bar(places, values, 0.2, label=label, color=color)
+            if axes is left:
+                spread = np.abs(np.subtract(own["top1_interval"], own["top1"]))[:, None]
+                axes.errorbar(places[0], own["top1"], spread, color="black", capsize=3)
         axes.set_xticks(range(len(group)), list(group))
         axes.set_ylim(bottom=0)
     left.set(ylabel="accuracy on masked test pieces", title="all pieces")
@@ -89,27 +98,87 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_gaps(gaps: list[dict], title: str, path: Path) -> None:
-    """Test tweets with a gap, and the five most probable fillings before and after."""
-    figure = plt.figure(figsize=(9, 1.5 * max(len(gaps), 1) + 0.7), layout="constrained")
-    figure.suptitle(f"{title}: five best fillings of a gap in test tweets")
-    rows = figure.subfigures(max(len(gaps), 1), 1, squeeze=False)[:, 0]
-    for row, gap in zip(rows, gaps, strict=False):
-        shown = f"{gap['text'][0]} _____ {gap['text'][1]}".replace("$", r"\$")
-        shown = textwrap.fill(" ".join(shown.split()), 105)
-        row.suptitle(f"{shown}   ({gap['word']})", fontsize=9, x=0.01, ha="left")
-        panels = row.subplots(1, 2, sharex=True)
-        for axes, when, color in zip(panels, ("before", "after"), (BEFORE, METHOD), strict=True):
-            words, probs = zip(*reversed(gap[when]), strict=True)
-            places = range(len(words))
-            axes.barh(places, probs, color=color, height=0.75)
-            axes.set_yticks(places, words, fontsize=8)
-            axes.set_xlim(0, 1)
-            axes.tick_params(axis="x", labelsize=8, labelbottom=row is rows[-1])
-            for place, word, prob in zip(places, words, probs, strict=True):
-                hit = "  right" if word.lower() == gap["word"].lower() else ""
-                axes.text(prob + 0.01, place, f"{prob:.0%}{hit}", va="center", fontsize=8)
-            label = "before" if when == "before" else "after fine-tuning"
-            axes.set_xlabel(f"probability, {label}" if row is rows[-1] else None, fontsize=8)
+def plot_gaps(sections: dict[str, list[dict]], title: str, path: Path) -> None:
+    """Sentences with a gap, by section, and the five best fillings before and after; the word that
+    stood there is framed.
+    """
+    lines = sum(1 + 2 * len(rows) for rows in sections.values())
+    figure, axes = plt.subplots(figsize=(9, 0.3 * lines + 0.9), layout="constrained")
+    axes.set(xlim=(0, 10.2), ylim=(lines, -0.6))
+    axes.axis("off")
+    for x, label in ((0, "before fine-tuning"), (5.2, "after fine-tuning")):
+        axes.text(x, -0.3, label, weight="bold", fontsize=9, va="center")
+    y = 0.5
+    for section, rows in sections.items():
+        axes.text(0, y, f"{section}:", fontsize=9, style="italic", va="center")
+        y += 1
+        for row in rows:
+            axes.text(0, y, sentence(row), fontsize=9, va="center")
+            for x, name, color in ((0, "before", BEFORE), (5.2, "after", METHOD)):
+                draw_fillings(axes, row["best"][name], row["word"], (x, y + 0.95), color)
+            y += 2
+    figure.suptitle(f"{title}: the five best fillings of a gap")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def sentence(row: dict, most: int = 100) -> str:
+    """On one line, the gap with the word that stood there, cut off far from it."""
+    gap = f"____({row['word']})" if row["word"] else "____"
+    before, after = (" ".join(part.split()) for part in row["text"])
+    side = (most - len(gap)) // 2
+    before = before if len(before) <= side else f"...{before[-side:]}"
+    return f"{before} {gap} {textwrap.shorten(after, side + 9, placeholder=' ...')}".replace(
+        "$", r"\$"
+    )
+
+
+def draw_fillings(
+    axes, best: list[tuple[str, float]], right: str | None, corner: tuple[float, float], color: str
+) -> None:
+    """A cell for each, the darker the more probable; the word `right` is framed."""
+    x, y = corner
+    for place, (word, prob) in enumerate(best):
+        framed = bool(right) and word.lower() == right.lower()
+        edge = {"edgecolor": "black", "linewidth": 2} if framed else {"edgecolor": "none"}
+        shade = (color, 0.1 + 0.7 * prob)
+        axes.add_patch(plt.Rectangle((x + place, y - 0.4), 0.94, 0.8, facecolor=shade, **edge))
+        text = f"{word[:9]} {prob:.0%}".replace("$", r"\$")
+        axes.text(x + place + 0.47, y, text, fontsize=8, ha="center", va="center")
+
+
+def plot_fillings(rows: list[dict], path: Path) -> None:
+    """Texts with [MASK], and the five best fillings of each gap."""
+    lines = sum(1 + len(row["best"]) for row in rows)
+    figure, axes = plt.subplots(figsize=(9, 0.3 * lines + 0.7), layout="constrained")
+    axes.set(xlim=(0, 8), ylim=(lines, -0.6))
+    axes.axis("off")
+    y = 0
+    for row in rows:
+        text = textwrap.shorten(row["text"], 110, placeholder=" ...").replace("$", r"\$")
+        axes.text(0, y, text, fontsize=9, va="center")
+        for number, best in enumerate(row["best"], start=1):
+            axes.text(0, y + number, f"gap {number}", fontsize=8, va="center")
+            draw_fillings(axes, best, None, (1, y + number), METHOD)
+        y += 1 + len(row["best"])
+    figure.suptitle("The five best fillings of each gap")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_surprise(rows: list[dict], path: Path) -> None:
+    """The most and the least surprising texts, with the most surprising piece of each."""
+    figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.2), layout="constrained")
+    values = [-float(row["per_piece"]) for row in rows]
+    texts = [textwrap.shorten(row["text"], 70, placeholder=" ...") for row in rows]
+    axes.barh(range(len(rows)), values, color=METHOD, height=0.7)
+    axes.set_yticks(range(len(rows)), [text.replace("$", r"\$") for text in texts], fontsize=8)
+    for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+        word = row["most_surprising"].replace("$", r"\$")
+        axes.text(value, place, f" {word}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="surprise: minus pseudo-log-likelihood per piece (nats)")
+    figure.suptitle("The most and the least surprising texts, and the piece least expected")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,10 +1,10 @@
 """A pretrained BERT learns by masked language modelling how people tweet about an earthquake.
 
 Beside it the same architecture from scratch with the same budget, and the most frequent pieces.
-Where bert-base-uncased cannot be had, a small BERT is pretrained first, on the English that comes
-with Python, and kept in data_dir.
+The default, a small BERT, is pretrained first, on the English that comes with Python, and kept in
+data_dir.
 
-Run it with `python bert_mlm/train.py`, or `python bert_mlm/train.py --csv_file my.csv`.
+Run it with `python bert_mlm/train.py`, or `python bert_mlm/train.py --dataset csv --csv_file MINE`.
 """
 
 import copy
@@ -14,14 +14,14 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -31,33 +31,65 @@ from data import (
     DataError,
     Tweets,
     bucketed,
+    find_model,
     general_english,
     load,
-    reachable,
+    load_pretrained,
+    quiet,
     whole_words,
 )
 from model import (
     IGNORE,
     Masking,
     adamw,
-    compare_speed,
+    best_words,
     encode,
     evaluate,
     evaluate_constant,
-    fillings,
+    fill,
     from_scratch,
-    load_pretrained,
+    interval,
+    longest_text,
+    mask_error,
     masked_logits,
     mlm_loss,
-    quiet,
+    resampled,
     small_bert,
+    summary,
     unigram_logits,
     word_pieces,
 )
 from plots import plot_accuracy, plot_curves, plot_gaps
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
-HUB, HUB_MODEL = "https://huggingface.co", "bert-base-uncased"
+FIRST_STEPS = 10  # from which the time is estimated
+MOST_MASKS = 100
+MASK_ERROR = 0.02
+GAPS = 200  # test tweets in which a word is filled
+PROMPTS = (
+    "a magnitude 7.8 [MASK] hit the south of the country",
+    "my family is trapped under the [MASK]",
+    "we need [MASK] and blankets",
+)
+MaskShare = Annotated[float, ">= 0.01", "< 1"]
 HEADLINE = {  # whose score each is
     "perplexity_before": ("before", "perplexity"),
     "perplexity_after": ("after", "perplexity"),
@@ -66,66 +98,53 @@ HEADLINE = {  # whose score each is
     "unigram_top1": ("unigram", "top1"),
     "scratch_perplexity_after": ("scratch", "perplexity"),
 }
-ABOUT_TWEETS = ("dataset", "csv_file", "text_column", "language", "links", "names", "most_tweets")
-PRETRAINING = (  # what the small BERT's weights hang on
-    "seed", "max_length", "pretrain_mask_probability", "whole_words", "warmup", "weight_decay",
-    "pretrain_characters", "pretrain_epochs", "pretrain_lr", "pretrain_batch_size", "vocabulary",
-    "layers", "width",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "csv", "sample"]
+    dataset: Literal["sample", "csv"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
+    seed: Seed
     csv_file: Path
     text_column: str
     language: str
     links: Literal["remove", "word", "keep"]
     names: Literal["remove", "word", "keep"]
-    most_tweets: int
+    most_tweets: Annotated[int, ">= 10", "<= 100000000"]
     model: str
-    max_length: int
-    mask_probability: float
+    max_length: Annotated[int, ">= 4", "<= 4096"]
+    mask_probability: MaskShare
     whole_words: bool
-    epochs: int
-    patience: int
-    batch_size: int
-    lr: float
-    small_lr: float
-    scratch_lr: float
-    warmup: float
-    weight_decay: float
-    seeds: int
-    pretrain_characters: int
-    pretrain_epochs: int
-    pretrain_lr: float
-    pretrain_mask_probability: float
-    pretrain_batch_size: int
-    vocabulary: int
-    layers: int
-    width: int
-    dropout: float
+    epochs: Epochs
+    patience: Epochs
+    batch_size: Batch
+    epoch_steps: Count
+    checkpoint_minutes: Annotated[float, ">= 0", "<= 1440"]
+    lr: Rate
+    head_lr: Rate
+    small_lr: Rate
+    scratch_lr: Rate
+    warmup: Annotated[float, ">= 0", "< 1"]
+    weight_decay: Decay
+    masks: Annotated[int, ">= 2", "<= 100"]
+    val_masks: Annotated[int, ">= 1", "<= 100"]
+    seeds: Annotated[int, ">= 1", "<= 1000"]
+    compare: bool
+    pretrain_characters: Annotated[int, ">= 10000", "<= 1000000000"]
+    pretrain_epochs: Epochs
+    pretrain_lr: Rate
+    pretrain_mask_probability: MaskShare
+    pretrain_batch_size: Batch
+    vocabulary: Annotated[int, ">= 300", "<= 200000"]
+    layers: Annotated[int, ">= 1", "<= 100"]
+    width: Width
+    dropout: Annotated[float, ">= 0", "< 1"]
 
     def __post_init__(self) -> None:
-        zero = ("seed", "weight_decay", "warmup", "dropout")
-        least = dict.fromkeys(zero, 0) | {"vocabulary": 300, "max_length": 4}
-        least |= {"most_tweets": 10, "pretrain_characters": 10_000}
-        for name, value in vars(self).items():
-            if isinstance(value, (bool, str, Path)):
-                continue
-            if name in least and value < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {value}")
-            if name not in least and not value > 0:
-                raise ValueError(f"{name}: expected more than 0, found {value}")
-        for name in ("mask_probability", "pretrain_mask_probability", "warmup", "dropout"):
-            if not getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected less than 1, found {getattr(self, name)}")
         if self.width > 64 and self.width % 64:
             raise ValueError(f"width: expected a multiple of 64, found {self.width}")
 
@@ -146,101 +165,117 @@ class Stage(NamedTuple):
     name: str
     train: list[dict]
     val: list[dict]  # masked already
-    epochs: int
+    epochs: int  # passes over train
     patience: int
     batch_size: int
     lr: float
     seed: int
+    fresh: tuple[str, ...] = ()  # parameters that learn at head_lr
 
 
 class Trial(NamedTuple):
     """What one seed gave."""
 
     tweets: Tweets
-    train: list[dict]
     models: dict[str, nn.Module]  # before, after, scratch
     scores: dict[str, dict]  # of these on test, and unigram
+    gain: dict | None  # by what the loss of scratch is more than that of after
     val_unigram: float  # its loss
     history: dict[str, list[dict]]
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
-    print(load_tweets(config, config.seed).note)  # a mistake shows before pretraining begins
+    tweets = load_tweets(config, config.seed)
+    print(tweets.note)
     quiet()
-    start = starting_point(config, run, device)
+    start = starting_point(config, run, device, tweets)
     trials = [compare(start, config, run, config.seed + n) for n in range(config.seeds)]
-    first = trials[0]
     metrics = summarise(trials, start)
-    metrics["padding"], metrics["timing"] = measure_speed(first, start, config)
-
-    first.models["after"].save_pretrained(run / "model")
-    start.tokenizer.save_pretrained(run / "model")
-    draw(first, start, config, run)
-    dataset = first.tweets.name
-    finish_run(run, config, dataset=dataset, headline=headline(trials), metrics=metrics)
+    gaps = fill_tweets(trials[0], start, config)
+    prompts = fill_prompts(trials[0], start)
+    metrics["right_words"] = right_words(gaps, trials[0].models)
+    metrics["prompts"] = {"[MASK]".join(row["text"]): row["best"] for row in prompts}
+    plot_results(trials[0], prompts, gaps, start, config, run)
+    save_model(trials[0], start, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=tweets.name,
+        headline=headline(trials),
+        metrics=metrics,
+        use=f'python bert_mlm/predict.py {run} "We need [MASK] and blankets."',
+    )
 
 
 def load_tweets(config: Config, seed: int) -> Tweets:
-    options = {name: getattr(config, name) for name in ABOUT_TWEETS}
-    return load(**options, cache_dir=config.data_dir, seed=seed)
+    return load(
+        dataset=config.dataset,
+        csv_file=config.csv_file,
+        text_column=config.text_column,
+        language=config.language,
+        links=config.links,
+        names=config.names,
+        most_tweets=config.most_tweets,
+        data_dir=config.data_dir,
+        seed=seed,
+    )
 
 
 # --- the model to start from ------------------------------------------------------------------
 
 
-def starting_point(config: Config, run: Path, device: torch.device) -> Start:
-    """`auto`: bert-base-uncased if it is here or the hub answers, else the small BERT.
+def starting_point(config: Config, run: Path, device: torch.device, tweets: Tweets) -> Start:
+    """The model asked for; the small BERT is pretrained if it is not kept in data_dir yet.
 
-    Raises DataError if a model that was asked for by name cannot be had.
+    Opens the run's folder as soon as nothing can be missing any more. Raises DataError.
     """
-    name = HUB_MODEL if config.model == "auto" else config.model
-    about, lr = {"name": Path(name).name, "note": ""}, config.lr
-    try:
-        if name == "small":
-            raise DataError("")
-        model, tokenizer, missing = fetch(name)
-    except DataError as error:
-        if config.model not in ("auto", "small"):
-            raise
-        folder = small_bert_folder(config, run, device)
-        model, tokenizer, missing = load_pretrained(str(folder), local=True, dropout=config.dropout)
-        pretraining = json.loads((folder / "pretraining.json").read_text())
-        note = f"{error}; it stands in" if str(error) else ""
-        about = {"name": "small BERT", "note": note, "pretraining": pretraining}
-        lr = config.small_lr
-    if config.max_length > (most := tokenizer.model_max_length):
-        raise DataError(f"max_length: {name} takes {most} pieces at most, not {config.max_length}")
+    data = (tweets.name, tweets.train, tweets.val, tweets.test)
+    about = {"name": Path(config.model).name, "note": ""}
+    if config.model == "small":
+        folder = small_bert_folder(config)
+        open_run(run, config, *data, folder.name)
+        if not folder.exists():
+            config.data_dir.mkdir(parents=True, exist_ok=True)
+            pretrain(folder, config, run, device)
+        *found, pretraining = read_kept(folder, config.dropout)
+        about |= {"name": "small BERT", "pretraining": pretraining}
+    else:
+        seed_everything(0, "head")  # where the checkpoint lacks one
+        found = find_model(config.model, config.data_dir)
+        if config.max_length > (most := longest_text(*found[:2])):
+            raise DataError(f"max_length: {config.model} takes {most} pieces at most")
+        open_run(run, config, *data, found[0].state_dict())
+    model, tokenizer, missing = found
     about |= {"missing": missing, "parameters": sum(p.numel() for p in model.parameters())}
     if missing:
-        about["note"] += f"without a whole MLM head: {', '.join(missing)} begin at random"
+        about["note"] = f"without a whole MLM head: {', '.join(missing)} begin at random"
     print(f"model: {about['name']}, {about['parameters']:,} parameters. {about['note']}")
     masking = Masking(tokenizer, config.mask_probability, config.whole_words)
+    lr = config.small_lr if config.model == "small" else config.lr
     return Start(model.to(device), tokenizer, masking, lr, about)
 
 
-def fetch(name: str) -> tuple[nn.Module, object, list[str]]:
-    """A model from this machine or the hub, which is asked only if it answers. Raises DataError."""
-    seed_everything(0, "head")  # where the checkpoint lacks one
-    for local in (True, False):
-        if not local and not reachable(HUB):
-            raise DataError(f"{name}: no folder or model kept here, and {HUB} does not answer")
-        try:
-            return load_pretrained(name, local=local)
-        except (OSError, ValueError) as error:
-            if Path(name).is_dir() or not local:
-                raise DataError(f"{name}: {' '.join(str(error).split())}") from error
-
-
-def small_bert_folder(config: Config, run: Path, device: torch.device) -> Path:
-    """Where the small BERT lies; it is pretrained if it is not there yet."""
-    settings = repr([getattr(config, name) for name in PRETRAINING]).encode()
+def small_bert_folder(config: Config) -> Path:
+    """Where the small BERT lies or will lie, by all that decides its weights."""
+    settings = (
+        config.seed,
+        config.max_length,
+        config.pretrain_mask_probability,
+        config.whole_words,
+        config.warmup,
+        config.weight_decay,
+        config.pretrain_characters,
+        config.pretrain_epochs,
+        config.pretrain_lr,
+        config.pretrain_batch_size,
+        config.vocabulary,
+        config.layers,
+        config.width,
+    )
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     versions = f"python{platform.python_version()}-sklearn{version('scikit-learn')}"  # of the texts
-    key = hashlib.sha256(settings).hexdigest()[:8]
-    folder = config.data_dir / f"small-bert-{versions}-{key}"
-    if not folder.exists():
-        pretrain(folder, config, run, device)
-    return folder
+    return config.data_dir / f"small-bert-{versions}-{key}"
 
 
 def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> None:
@@ -275,16 +310,34 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
         "sha256": digest,
         "epochs": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
     }
+    keep(model, tokenizer, about, folder)
+
+
+def keep(model: nn.Module, tokenizer, about: dict, folder: Path) -> None:
+    """All of it, or nothing. Raises DataError if it cannot be written."""
+    for old in folder.parent.glob("small-bert-*.tmp"):  # of a run that was killed
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
     try:
-        beside.rename(folder)  # whole, or not at all
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(beside)  # another run was first, and its weights are the same
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
+        beside.rename(folder)
+    except Exception as error:  # a full disk is no OSError to safetensors
+        if not folder.exists():  # else another run was first, and its weights are the same
+            raise DataError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_kept(folder: Path, dropout: float) -> tuple[nn.Module, object, list[str], dict]:
+    """What `keep` wrote: model, tokenizer, nothing missing, about. Raises DataError."""
+    try:
+        about = json.loads((folder / "pretraining.json").read_text(encoding="utf-8"))
+        return *load_pretrained(str(folder), local=True, dropout=dropout), about
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{folder} is damaged; remove it and start again ({error})") from error
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -292,92 +345,151 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
 
 def compare(start: Start, config: Config, run: Path, seed: int) -> Trial:
     """Fine-tuned beside from scratch: the same tweets, masks, epochs at most and patience."""
-    tweets = load_tweets(config, seed)
+    tweets, pad_id = load_tweets(config, seed), start.tokenizer.pad_token_id
     train, val, test = (encode(start.tokenizer, part, config.max_length) for part in tweets[1:4])
-    val, test = start.masking.fixed(val, 2 * seed), start.masking.fixed(test, 2 * seed + 1)
-    models = {"before": start.model, "after": copy.deepcopy(start.model)}
-    seed_everything(seed, "scratch")
-    models["scratch"] = from_scratch(start.model).to(start.model.device)
-    history = {}
-    for name, lr in (("after", start.lr), ("scratch", config.scratch_lr)):
-        budget = (config.epochs, config.patience, config.batch_size, lr, seed)
-        stage = Stage(f"{'finetune' if name == 'after' else name}-seed{seed}", train, val, *budget)
+    val = several_masks(val, start.masking, 2 * seed, config.val_masks)
+    models, history = {"before": start.model, "after": copy.deepcopy(start.model)}, {}
+    budget = (train, val, config.epochs, config.patience, config.batch_size)
+    fresh = tuple(start.about["missing"])
+    stages = {"after": Stage(f"finetune-seed{seed}", *budget, start.lr, seed, fresh)}
+    if config.compare:
+        seed_everything(seed, "scratch")
+        models["scratch"] = from_scratch(start.model).to(start.model.device)
+        stages["scratch"] = Stage(f"scratch-seed{seed}", *budget, config.scratch_lr, seed)
+    for name, stage in stages.items():
         history[name] = fit(models[name], stage, start.masking, config, run)
-    pad_id = start.tokenizer.pad_token_id
-    scores = {name: evaluate(model, test, pad_id).summary() for name, model in models.items()}
-    logits = unigram_logits(train, len(start.tokenizer))
-    scores["unigram"] = evaluate_constant(logits, test).summary()
-    val_unigram = evaluate_constant(logits, val).summary()["loss"]
-    return Trial(tweets, train, models, scores, val_unigram, history)
+    scorers = {name: partial(evaluate, model, pad_id=pad_id) for name, model in models.items()}
+    scorers["unigram"] = partial(evaluate_constant, unigram_logits(train, len(start.tokenizer)))
+    sums = test_sums(scorers, test, start.masking, 2 * seed + 1, config.masks)
+    scores = {name: describe(own) for name, own in sums.items()}
+    gain = pretraining_gain(sums) if config.compare else None
+    val_unigram = summary(scorers["unigram"](val))["loss"]
+    return Trial(tweets, models, scores, gain, val_unigram, history)
 
 
 def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: Path) -> list[dict]:
     """Leaves the weights of the best validation loss in `model`; returns a row per epoch.
 
-    Row 0 is the model as it came. What a killed run has done of the stage is not done again.
+    Row 0 is the model as it came. An epoch is a pass over the texts or, of a pass that needs more
+    than `epoch_steps` steps, a part: as much as may be lost when the run is killed.
     """
-    steps = stage.epochs * math.ceil(len(stage.train) / stage.batch_size)
-    rates = {"lr": stage.lr, "warmup": config.warmup, "weight_decay": config.weight_decay}
-    optimizer, schedule = adamw(model, steps, **rates)
+    steps = math.ceil(len(stage.train) / stage.batch_size)
+    parts_of_pass = math.ceil(steps / config.epoch_steps)
+    optimizer, schedule = adamw(
+        model,
+        stage.epochs * steps,
+        lr=stage.lr,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        fresh=stage.fresh,
+        fresh_lr=config.head_lr,
+    )
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, stage.name, parts)
-    rows = [row for row in history if row["stage"] == stage.name]
-
-    def step(loss: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-
-    while len(rows) <= stage.epochs and not stalled(rows, stage.patience):
-        row = {"stage": stage.name, "epoch": len(rows)}
-        if rows:
-            seed_everything(stage.seed, stage.name, len(rows))
-            row |= train_one_epoch(model, stage, masking, step, f"{stage.name} epoch {len(rows)}")
-        scores = evaluate(model, stage.val, masking.tokenizer.pad_token_id).summary()
+    count, patience = stage.epochs * parts_of_pass, stage.patience * parts_of_pass
+    options = {"best": ("val_loss", min), "patience": patience, "first": 0}
+    options["every"] = 60 * config.checkpoint_minutes
+    for row in epochs(run, stage.name, parts, count, stage.seed, **options):
+        if row["epoch"]:
+            number, part = divmod(row["epoch"] - 1, parts_of_pass)
+            batches = batches_of_pass(stage, number)[part::parts_of_pass]
+            label = f"{stage.name} epoch {row['epoch']}"
+            row["train_loss"] = train_one_epoch(
+                model, stage, batches, masking, optimizer, schedule, label
+            )
+        scores = summary(evaluate(model, stage.val, masking.tokenizer.pad_token_id))
         row |= {f"val_{name}": scores[name] for name in ("loss", "perplexity", "top1", "top5")}
-        rows.append(row)
-        if row["val_loss"] == min(earlier["val_loss"] for earlier in rows):
-            save(run / f"{stage.name}.pt", model.state_dict())
-        history.append(row)
-        save_checkpoint(run, stage.name, parts, history)
-        print("  ".join([stage.name, *(f"{n} {x:.4g}" for n, x in list(row.items())[1:])]))
-    best = torch.load(run / f"{stage.name}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return rows
+    return read_rows(run, stage.name)
 
 
-def stalled(rows: list[dict], patience: int) -> bool:
-    """Whether the validation loss has had no new minimum for `patience` epochs."""
-    losses = [row["val_loss"] for row in rows]
-    return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+def batches_of_pass(stage: Stage, number: int) -> list[list[int]]:
+    """The same in each part of the pass."""
+    generator = torch.Generator().manual_seed(1_000_003 * stage.seed + number)
+    return bucketed([len(text["input_ids"]) for text in stage.train], stage.batch_size, generator)
 
 
 def train_one_epoch(
-    model: nn.Module, stage: Stage, masking: Masking, step: Callable, label: str
-) -> dict:
-    """Seconds and loss per chosen piece. Raises FloatingPointError on a loss not finite."""
+    model: nn.Module,
+    stage: Stage,
+    batches: list[list[int]],
+    masking: Masking,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    label: str,
+) -> float:
+    """Loss per chosen piece. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    began, losses, counts = time.perf_counter(), [], []
-    batches = bucketed([len(text["input_ids"]) for text in stage.train], stage.batch_size)
+    losses, pieces, began = [], 0, time.perf_counter()
     for chosen in tqdm(batches, label, leave=False, disable=None):
         batch = masking([stage.train[place] for place in chosen])
         batch = {name: value.to(model.device) for name, value in batch.items()}
         labels = batch["labels"][batch["labels"] != IGNORE]
         loss = mlm_loss(masked_logits(model, batch), labels)
-        step(loss)
-        losses.append(loss.detach())
-        counts.append(len(labels))
-    losses = torch.stack(losses).double().cpu()  # read once: the loop never waits for the device
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    counts = torch.tensor(counts, dtype=torch.float64)
-    return {
-        "seconds": time.perf_counter() - began,
-        "train_loss": float((losses * counts).sum() / counts.sum().clamp(min=1)),
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach() * len(labels))
+        pieces += len(labels)
+        if len(losses) == FIRST_STEPS:
+            tell_time(stage, schedule, (time.perf_counter() - began) / FIRST_STEPS)
+    return float(sum_losses(losses, label)) / max(pieces, 1)
+
+
+def tell_time(stage: Stage, schedule: torch.optim.lr_scheduler.LRScheduler, seconds: float) -> None:
+    """Of a stage's first steps, once, if it takes more than a minute."""
+    steps = stage.epochs * math.ceil(len(stage.train) / stage.batch_size)
+    if schedule.last_epoch == FIRST_STEPS and steps * seconds > 60:
+        minutes = f"about {steps * seconds / 60:.0f} minutes"
+        print(f"{stage.name}: {seconds:.2g} s a step, {minutes} for at most {steps} steps")
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def several_masks(texts: list[dict], masking: Masking, seed: int, count: int) -> list[dict]:
+    """Each text under `count` fixed masks. Raises DataError if they choose no piece."""
+    masked = [one for number in range(count) for one in masking.fixed(texts, seed, number)]
+    if not any((one["labels"] != IGNORE).any() for one in masked):
+        raise DataError("mask_probability: not one piece of the validation texts was chosen")
+    return masked
+
+
+def test_sums(
+    scorers: dict[str, Callable], texts: list[dict], masking: Masking, seed: int, least: int
+) -> dict[str, torch.Tensor]:
+    """Sums (masks, texts, kinds, 4) by model, all under the same fixed masks: at least `least`, and
+    so many that the masks' choice moves no perplexity by more than MASK_ERROR (standard error).
+    """
+    sums = {name: [] for name in scorers}
+    for number in range(MOST_MASKS):
+        masked = masking.fixed(texts, seed, number)
+        for name, score in scorers.items():
+            sums[name].append(score(masked=masked))
+        if number + 1 >= least and all(
+            mask_error(torch.stack(own)) < MASK_ERROR for own in sums.values()
+        ):
+            break
+    return {name: torch.stack(own) for name, own in sums.items()}
+
+
+def describe(sums: torch.Tensor) -> dict:
+    """Scores, with 95% bootstrap intervals over the texts."""
+    loss, top1, _, count = resampled(sums).T
+    error = {"masks": len(sums), "standard_error_of_masks": mask_error(sums)}
+    intervals = {
+        "perplexity_interval": interval((loss / count).exp()),
+        "top1_interval": interval(top1 / count),
     }
+    return summary(sums) | error | intervals
+
+
+def pretraining_gain(sums: dict[str, torch.Tensor]) -> dict:
+    """Loss from scratch minus loss after fine-tuning, on the same masks of the same texts."""
+    losses = [resampled(sums[name])[:, 0] for name in ("scratch", "after")]
+    counts = resampled(sums["after"])[:, 3]
+    mean = summary(sums["scratch"])["loss"] - summary(sums["after"])["loss"]
+    return {"mean": mean, "interval": interval((losses[0] - losses[1]) / counts)}
 
 
 # --- report -----------------------------------------------------------------------------------
@@ -388,54 +500,80 @@ def summarise(trials: list[Trial], start: Start) -> dict:
     worth: the difference in test loss, paired by seed.
     """
     first = trials[0]
-    losses = {
-        name: [trial.scores[name]["loss"] for trial in trials]
-        for name in ("before", "after", "scratch", "unigram")
-    }
-    gains = [s - a for s, a in zip(losses["scratch"], losses["after"], strict=True)]
+    losses = {name: [trial.scores[name]["loss"] for trial in trials] for name in first.scores}
     metrics = {
         "model": start.about,
         "tweets": {part: len(getattr(first.tweets, part)) for part in ("train", "val", "test")},
         "test": first.scores,
         "epochs": {name: len(rows) - 1 for name, rows in first.history.items()},
         "test_loss_of_seeds": losses,
-        "scratch_minus_after": {"mean": mean(gains)},
     }
-    if len(gains) > 1:
-        metrics["scratch_minus_after"]["standard_error"] = stdev(gains) / math.sqrt(len(gains))
+    if first.gain:
+        gains = [trial.gain["mean"] for trial in trials]
+        metrics["scratch_minus_after"] = {"mean": mean(gains), "of_seeds": gains}
+        metrics["scratch_minus_after"]["interval_of_first"] = first.gain["interval"]
+        if len(gains) > 1:
+            error = stdev(gains) / math.sqrt(len(gains))
+            metrics["scratch_minus_after"]["standard_error"] = error
     return metrics
 
 
-def measure_speed(trial: Trial, start: Start, config: Config) -> tuple[dict, dict]:
-    """The share of padding and the speed of training, as usually written and ours."""
-    masked = start.masking.fixed(trial.train[: 20 * config.batch_size], config.seed)
-    seed_everything(config.seed, "speed")
-    groups = {
-        "ordinary": torch.arange(len(masked)).split(config.batch_size),
-        "ours": bucketed([len(one["input_ids"]) for one in masked], config.batch_size),
-    }
-    pad_id = start.tokenizer.pad_token_id
-    return compare_speed(copy.deepcopy(start.model), masked, groups, pad_id, config.max_length)
+def fill_prompts(trial: Trial, start: Start) -> list[dict]:
+    """PROMPTS and their best fillings by each model."""
+    tokenizer = start.tokenizer
+    texts = [prompt.replace("[MASK]", tokenizer.mask_token) for prompt in PROMPTS]
+    pieces = tokenizer(texts)["input_ids"]
+    found = {name: fill(model, tokenizer, pieces) for name, model in trial.models.items()}
+    best = {name: best_words(tokenizer, probs) for name, probs in found.items()}
+    return [
+        {"text": prompt.split("[MASK]"), "word": None, "best": {n: b[row] for n, b in best.items()}}
+        for row, prompt in enumerate(PROMPTS)
+    ]
 
 
-def gaps(trial: Trial, start: Start, config: Config, count: int = 4) -> list[dict]:
-    """The first test tweets, each with one word masked that the seed chooses among those that are
-    one piece, and the best fillings before and after.
+def fill_tweets(trial: Trial, start: Start, config: Config) -> list[dict]:
+    """Of the first test tweets, each with one whole word masked that the seed chooses: the word,
+    its log-probability and the best fillings by each model.
     """
-    found, generator = [], torch.Generator().manual_seed(config.seed)
-    for one in encode(start.tokenizer, trial.tweets.test, config.max_length):
-        text, spans = one["text"], one["offset_mapping"]
-        places = whole_words(text, spans)
-        if not places or len(found) == count:
+    found, texts, generator = [], [], torch.Generator().manual_seed(config.seed)
+    for one in encode(start.tokenizer, trial.tweets.test[:GAPS], config.max_length):
+        text, spans, pieces = one["text"], one["offset_mapping"], one["input_ids"]
+        if not (places := whole_words(text, spans)):
             continue
         place = places[int(torch.randint(len(places), (1,), generator=generator))]
         begin, end = spans[place]
-        best = {
-            when: fillings(trial.models[when], start.tokenizer, one["input_ids"], place)
-            for when in ("before", "after")
-        }
-        found.append({"text": (text[:begin], text[end:]), "word": text[begin:end].strip()} | best)
+        gap = {"text": [text[:begin], text[end:]], "word": text[begin:end].strip()}
+        found.append(gap | {"piece": pieces[place], "best": {}, "log_prob": {}})
+        texts.append([*pieces[:place], start.tokenizer.mask_token_id, *pieces[place + 1 :]])
+    for name, model in trial.models.items() if found else ():
+        probs = torch.cat([fill(model, start.tokenizer, [text]) for text in texts])
+        best = best_words(start.tokenizer, probs)
+        for row, gap in enumerate(found):
+            gap["best"][name] = best[row]
+            gap["log_prob"][name] = float(probs[row, gap["piece"]].log())
     return found
+
+
+def right_words(gaps: list[dict], models: dict) -> dict:
+    """The share of whole words for which the best filling is the word."""
+    right = {
+        name: sum(gap["best"][name][0][0] == gap["word"].lower() for gap in gaps)
+        / max(len(gaps), 1)
+        for name in models
+    }
+    return {"words": len(gaps)} | right
+
+
+def chosen_gaps(gaps: list[dict], seed: int) -> dict[str, list[dict]]:
+    """Three for which fine-tuning raised the word's probability most, three at random."""
+    gain = [gap["log_prob"]["after"] - gap["log_prob"]["before"] for gap in gaps]
+    order = sorted(range(len(gaps)), key=gain.__getitem__, reverse=True)
+    rest = [
+        order[3:][i]
+        for i in torch.randperm(len(order[3:]), generator=torch.Generator().manual_seed(seed))
+    ]
+    parts = {"improved most": order[:3], "at random": rest[:3]}
+    return {name: [gaps[place] for place in own] for name, own in parts.items()}
 
 
 def headline(trials: list[Trial]) -> dict[str, float]:
@@ -443,23 +581,40 @@ def headline(trials: list[Trial]) -> dict[str, float]:
     return {
         name: mean(trial.scores[model][score] for trial in trials)
         for name, (model, score) in HEADLINE.items()
+        if model in trials[0].scores
     }
 
 
-def draw(trial: Trial, start: Start, config: Config, run: Path) -> None:
+def plot_results(
+    trial: Trial, prompts: list[dict], gaps: list[dict], start: Start, config: Config, run: Path
+) -> None:
     """The pictures, of the first seed."""
     title = f"{start.about['name']} on {trial.tweets.name}"
     result = f"{title}: test perplexity " + ", ".join(
-        f"{trial.scores[name]['perplexity']:.0f} {name}" for name in ("before", "after", "scratch")
+        f"{trial.scores[name]['perplexity']:.0f} {name}" for name in trial.models
     )
     pretraining = start.about.get("pretraining")
-    plot_curves(trial.history, pretraining, trial.val_unigram, result, run / "curves.png")
-    plot_accuracy(trial.scores, result, run / "accuracy.png")
-    plot_gaps(gaps(trial, start, config), title, run / "gaps.png")
+    curves = (trial.history, pretraining, trial.val_unigram)
+    try_plot(plot_curves, *curves, result, run / "curves.png")
+    try_plot(plot_accuracy, trial.scores, result, run / "accuracy.png")
+    rows = {"fixed prompts": prompts} | chosen_gaps(gaps, config.seed)
+    try_plot(plot_gaps, rows, title, run / "gaps.png")
+
+
+def save_model(trial: Trial, start: Start, config: Config, run: Path) -> None:
+    """model/, which transformers loads, and model.pt: all that predict.py needs."""
+    trial.models["after"].save_pretrained(run / "model")
+    start.tokenizer.save_pretrained(run / "model")
+    description = {
+        "project": "bert_mlm",
+        "max_length": config.max_length,
+        "links": config.links,
+        "names": config.names,
+        "files": {path.name: path.read_text() for path in (run / "model").glob("*.json")},
+        "weights": trial.models["after"].state_dict(),
+    }
+    save(run / "model.pt", description)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)
