@@ -130,7 +130,7 @@ class Task(NamedTuple):
     target: Tensor  # (N,), the class that it has to see, or has to leave
     names: list[str]  # of the pictures
     classes: list[str]
-    networks: list[dict]  # as model.build takes them: the one attacked and, to compare, another
+    networks: list[dict]  # as model.build takes them: the one attacked and, to compare, a second
 
 
 class Outcome(NamedTuple):
@@ -161,11 +161,8 @@ class Results:
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
-    if config.dataset == "images":
-        task, numbers = photographs_task(config, run, device)
-    else:
-        task, numbers = digits_task(config, run, device)
-    networks = [build(description).to(device) for description in task.networks]
+    make = photographs_task if config.dataset == "images" else digits_task
+    task, networks, numbers = make(config, run, device)
     through_disk(task.x, file_names(task), run / "originals")
     outcomes = {name: attack(name, task, networks[0], config, run) for name in config.criteria}
     metrics = numbers | {
@@ -188,23 +185,24 @@ def main() -> None:
 # --- pictures and networks --------------------------------------------------------------------
 
 
-def photographs_task(config: Config, run: Path, device: torch.device) -> tuple[Task, dict]:
+def photographs_task(
+    config: Config, run: Path, device: torch.device
+) -> tuple[Task, list[nn.Module], dict]:
     """Pictures of one's own, with what the network sees in them; numbers for metrics.json."""
     photographs = load_photographs(
         config.images, data_dir=config.data_dir, size=config.image_size, count=config.picture_count
     )
-    networks = [load_network(config, config.network, config.weights)]
-    if config.compare:
-        networks.append(load_network(config, config.second_network, config.second_weights))
-    open_run(run, config, "images", photographs.x, *networks)
     x = photographs.x.to(device).float() / 255
-    seen = [look(build(network).to(device), x)[0] for network in networks]
+    plan = [(config.network, config.weights)]
+    if config.compare:
+        plan.append((config.second_network, config.second_weights))
+    descriptions, networks, seen = zip(
+        *(load_network(config, *one, x) for one in plan), strict=True
+    )
     if seen[0].shape[1] != seen[-1].shape[1]:
         raise DataError(f"second_network: {seen[-1].shape[1]} classes, not {seen[0].shape[1]}")
-    before, classes = (
-        seen[0].argmax(1),
-        class_names(config.class_names, seen[0].shape[1], config.data_dir),
-    )
+    before = seen[0].argmax(1)
+    classes = class_names(config.class_names, seen[0].shape[1], config.data_dir)
     if config.target in ("next", "any"):
         target = before.clone() if config.target == "any" else (before + 1) % len(classes)
     else:
@@ -212,30 +210,40 @@ def photographs_task(config: Config, run: Path, device: torch.device) -> tuple[T
     kept = ((before != target) | (config.target == "any")).nonzero()[:, 0]
     if not len(kept):
         raise DataError(f"target: the network sees {classes[int(target[0])]} everywhere already")
+    open_run(run, config, "images", photographs.x, *descriptions)
     numbers = {"pictures": len(kept), "unreadable": len(photographs.bad)}
     numbers["already_target"] = len(x) - len(kept)
     print(f"images: {len(kept)} to attack{left_out(photographs.bad)}")
     names = [photographs.names[place] for place in kept.tolist()]
-    return Task(x[kept], before[kept], target[kept], names, classes, networks), numbers
+    task = Task(x[kept], before[kept], target[kept], names, classes, list(descriptions))
+    return task, list(networks), numbers
 
 
-def load_network(config: Config, network: str, weights: str) -> dict:
-    """For model.build, which is tried. Raises DataError."""
+def load_network(
+    config: Config, network: str, weights: str, x: Tensor
+) -> tuple[dict, nn.Module, Tensor]:
+    """As model.build takes it, itself, and its logits of `x`. Raises DataError."""
     description = describe_network(network, weights, config.data_dir)
     description |= {"mean": list(config.mean), "std": list(config.std)}
     try:
-        build(description)
-    except ValueError as error:
-        raise DataError(f"weights: {weights} of {network} cannot be used: {error}") from error
-    return description
+        built = build(description).to(x.device)
+        look(built, x[:1])  # a .pt2 file may be for another size, or for one size of batches
+        return description, built, look(built, x)[0]
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        kind = "" if network.endswith(".pt2") else f" with weights {weights}"
+        size = f"on pictures of {config.image_size} px"
+        raise DataError(f"network: {network}{kind} fails {size}: {reason}") from error
 
 
-def digits_task(config: Config, run: Path, device: torch.device) -> tuple[Task, dict]:
+def digits_task(
+    config: Config, run: Path, device: torch.device
+) -> tuple[Task, list[nn.Module], dict]:
     """Test pictures that the network sees rightly; the networks are trained here."""
     splits = load_splits(config)
     open_run(run, config, config.dataset, *splits)
     train, val, test = (part.to(device) for part in splits)
-    networks, accuracies = [], {}
+    descriptions, accuracies = [], {}
     for stage in ("train", "train-second")[: 2 if config.compare else 1]:
         seed_everything(config.seed, stage)
         network = SmallResNet(width=config.width, classes=10).to(device)
@@ -243,15 +251,16 @@ def digits_task(config: Config, run: Path, device: torch.device) -> tuple[Task, 
         name = stage.replace("train", "").replace("-second", "second_") + "test_accuracy"
         accuracies[name] = evaluate(network, test)["accuracy"]
         description = {"kind": "small", "width": config.width, "classes": 10}
-        networks.append(description | {"state": network.cpu().state_dict()})
-    seen = look(build(networks[0]).to(device), test.x.float() / 255)[0].argmax(1)
+        descriptions.append(description | {"state": network.cpu().state_dict()})
+    networks = [build(description).to(device) for description in descriptions]
+    seen = look(networks[0], test.x.float() / 255)[0].argmax(1)
     chosen, target = choose_digits(
         test.y.cpu(), (seen == test.y).cpu(), target=config.target, count=config.picture_count
     )
     x, before = test.x[chosen].float() / 255, test.y[chosen]
     names = [f"test picture {place}" for place in chosen.tolist()]
-    task = Task(x, before, target.to(device), names, DIGITS, networks)
-    return task, accuracies | {"pictures": len(x)}
+    task = Task(x, before, target.to(device), names, DIGITS, descriptions)
+    return task, networks, accuracies | {"pictures": len(x)}
 
 
 def load_splits(config: Config) -> Splits:

@@ -154,7 +154,7 @@ def test_the_first_step_of_the_fast_attack_is_the_nearest_picture_of_a_linear_ne
     away = found.x - x0
     direction = (network.a / network.a.norm()) * least(2.0)[:, None, None, None]
     torch.testing.assert_close(away, direction, rtol=1e-2, atol=1e-5)
-    assert found.success.all() and (found.trace[1, 1] < 2.01).all()
+    assert found.success.all() and (found.trace[1, 1] < 2.03).all()
 
 
 @pytest.mark.parametrize("factor", [10.0, 0.1])
@@ -485,10 +485,10 @@ def test_a_built_network_is_frozen_and_in_eval_mode():
     torch.testing.assert_close(network(x)[:1], network(x[:1]))  # no statistics of the batch
 
 
-def export(network: nn.Module, path: Path, side: int = 16) -> None:
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    example = (torch.rand(2, 3, side, side),)
-    program = torch.export.export(network.eval(), example, dynamic_shapes=({0: batch},))
+def export(network: nn.Module, path: Path, *, batch: bool = True) -> None:
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},) if batch else None
+    example = (torch.rand(2, 3, 16, 16),)
+    program = torch.export.export(network.eval(), example, dynamic_shapes=shapes)
     torch.export.save(program, path)
 
 
@@ -744,8 +744,8 @@ def small_run(splits, folder: Path):
         keep = story.digits_task
 
         def watch(*parts):
-            kept["task"], numbers = keep(*parts)
-            return kept["task"], numbers
+            kept["task"], *others = keep(*parts)
+            return kept["task"], *others
 
         patch.setattr(story, "digits_task", watch)
         path = Path(call(story, *words).splitlines()[-1])
@@ -1094,7 +1094,7 @@ def check_prediction(folder: Path, rows: list[dict], photos: Path, tmp_path: Pat
         call(predict, folder, photos / "d.png", "--device", "cpu")
 
 
-def test_own_weights_of_a_torchvision_network_are_the_ones_attacked(photos, tmp_path):
+def test_own_weights_of_a_torchvision_network_are_the_ones_attacked(photos, tmp_path, capsys):
     from torchvision.models import shufflenet_v2_x0_5
 
     for seed, name in enumerate(("mine.pt", "other.pt")):
@@ -1121,6 +1121,7 @@ def test_own_weights_of_a_torchvision_network_are_the_ones_attacked(photos, tmp_
     report = json.loads((folder / "metrics.json").read_text())["metrics"]["fast"]
     assert report["pictures"][0]["class_before"] == str(seen)
     assert report["pictures"][0]["target"] == str((seen + 1) % 5)
+    assert "warning" not in capsys.readouterr().err  # each plot can be made of one picture
 
 
 @pytest.mark.parametrize(
@@ -1151,4 +1152,13 @@ def test_what_cannot_be_had_is_named_and_leaves_no_folder(exported, photos, tmp_
     ):
         with pytest.raises(data.DataError, match=complaint):
             call(story, *flags, *more)
-    assert not list((tmp_path / "runs").glob("*/metrics.json"))
+    export(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), tmp_path / "one.pt2", batch=False)
+    for more in (
+        ["--network", exported[0], "--image_size", "20"],
+        ["--network", tmp_path / "one.pt2"],
+    ):
+        with pytest.raises(data.DataError, match=r"\.pt2 fails on pictures of"):
+            call(story, *flags, "--class_names", "numbers", *more)
+    with pytest.raises(data.DataError, match="none of that name"):
+        call(story, *flags, "--class_names", "numbers", "--network", exported[0])
+    assert not list((tmp_path / "runs").iterdir())
