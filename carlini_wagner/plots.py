@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +13,11 @@ from torch import Tensor
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 COLORS = {"probability": "tab:gray", "logits": "tab:purple", "fast": "tab:green"}
-NAMES = {"probability": "probability (c = 1)", "logits": "logits (search over c)", "fast": "fast"}
+NAMES = {"probability": "probability", "logits": "logits (search over c)", "fast": "fast"}
 
 
 def plot_example(
-    x: Tensor,
-    adversarial: dict[str, Tensor],
+    shown: dict[str, Tensor],
     probs: dict[str, Tensor],
     notes: dict[str, dict],
     classes: list[str],
@@ -26,34 +26,44 @@ def plot_example(
 ) -> None:
     """A picture (3, H, W), what each attack made of it, top-5 probabilities, and differences.
 
-    `probs` holds (classes,) of "original" and of each attack, `notes` their rows of metrics.json.
+    `shown` and `probs` (classes,) hold "original" and each attack, `notes` the attacks' rows of
+    metrics.json.
     """
-    count = 1 + len(adversarial)
     figure, panels = plt.subplots(
-        3, count, figsize=(2.2 * count, 6), height_ratios=(4, 2.2, 4), layout="constrained"
+        3,
+        len(shown),
+        figsize=(2.6 * len(shown), 6.6),
+        height_ratios=(4, 2.2, 4),
+        layout="constrained",
+        squeeze=False,
     )
-    largest = max(float((other - x).abs().max()) for other in adversarial.values())
+    x = shown["original"]
+    largest = max(float((other - x).abs().max()) for other in shown.values())
     scale = max(1, int(0.5 / max(largest, 1 / 255)))
-    pictures = {"original": x} | adversarial
-    for column, (name, picture) in zip(panels.T, pictures.items(), strict=True):
+    for column, (name, picture) in zip(panels.T, shown.items(), strict=True):
         color = COLORS.get(name, "black")
         column[0].imshow(picture.permute(1, 2, 0).cpu())
         column[0].set_title(name, color=color)
         plot_bars(column[1], probs[name].cpu(), classes, color)
-        column[2].axis("off")
         if name == "original":
             text = f"difference x {scale},\n0 is grey" if scale > 1 else "difference,\n0 is grey"
             column[2].text(0.5, 0.5, text, ha="center", va="center")
         else:
-            shown = (0.5 + scale * (picture - x)).clamp(0, 1)
-            column[2].imshow(shown.permute(1, 2, 0).cpu())
+            difference = (0.5 + scale * (picture - x)).clamp(0, 1)
+            column[2].imshow(difference.permute(1, 2, 0).cpu())
             how = "" if notes[name]["png_success"] else "failed, closest try\n"
             numbers = f"L2 {notes[name]['l2']:.3f}, margin {notes[name]['margin']:.3f}"
             column[2].set_title(how + numbers, fontsize=9)
         column[0].axis("off")
-    figure.suptitle(f"What the network sees in the saved PNG: {title}")
+        column[2].axis("off")
+    figure.suptitle(f"What the network sees in the saved PNG: {literal(title)}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def literal(text: str) -> str:
+    """For a title: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def plot_bars(axes: plt.Axes, probs: Tensor, classes: list[str], color: str) -> None:
@@ -61,7 +71,7 @@ def plot_bars(axes: plt.Axes, probs: Tensor, classes: list[str], color: str) -> 
     values, places = probs.topk(min(5, len(probs)))
     axes.barh(range(len(values)), values, color=color, alpha=0.6)
     for height, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
-        axes.text(0.03, height, f"{classes[place]}   {value:.3f}", va="center", fontsize=8)
+        axes.text(0.03, height, f"{literal(classes[place])}   {value:.3f}", va="center", fontsize=8)
     axes.set(xlim=(0, 1), yticks=[], ylim=(len(values) - 0.4, -0.6))
     axes.set_xlabel("probability", fontsize=8)
     axes.tick_params(labelsize=7)
@@ -78,7 +88,9 @@ def plot_search(traces: dict[str, Tensor], title: str, path: Path) -> None:
             panel.plot(queries, values, color=COLORS[name], linewidth=0.9, alpha=0.6)
         panels[0].plot([], [], color=COLORS[name], label=f"{NAMES[name]}, of {unit}")
         panels[2].plot(queries, lines[3], color=COLORS[name], linewidth=2.5, label=f"best, {name}")
-    figure.suptitle(f"Criterion, margin and distance of one picture: {title}")
+    figure.suptitle(
+        f"Criterion, margin and distance of one picture, before rounding: {literal(title)}"
+    )
     panels[0].set_ylabel("criterion f")
     panels[0].legend()
     panels[1].set(ylabel="margin of the target")
@@ -104,10 +116,42 @@ def plot_queries(traces: dict[str, Tensor], title: str, path: Path) -> None:
         middle = best.median(1).values
         bottom.plot(queries, torch.where(middle.isinf(), torch.nan, middle), **options)
     top.set(ylabel="share of pictures with success", ylim=(-0.03, 1.03))
-    figure.suptitle(f"What a query buys: {title}")
+    figure.suptitle(f"What a query buys, before rounding: {title}")
     bottom.set(ylabel="median L2, failures infinite\n(pixels in [0, 1])", xscale="log")
     bottom.set_xlabel("queries per picture (each one forward and one backward pass)")
     top.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_bound(l2: dict[str, list[float]], title: str, path: Path) -> None:
+    """Share of pictures whose PNG succeeds within an L2 bound; a failure has an infinite L2."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    reached = [value for values in l2.values() for value in values if np.isfinite(value)]
+    limit = 1.05 * max(reached, default=1.0)
+    for name, values in l2.items():
+        bounds = [0.0, *sorted(value for value in values if np.isfinite(value)), limit]
+        shares = np.minimum(np.arange(len(bounds)), len(bounds) - 2) / len(values)
+        axes.step(bounds, shares, where="post", color=COLORS[name], label=NAMES[name], linewidth=2)
+    axes.set(xlabel="L2 bound (pixels in [0, 1])", ylabel="share of PNGs that succeed within it")
+    axes.set(xlim=(0, limit), ylim=(-0.03, 1.03), title=f"Success against distance: {title}")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_seen(rows: list[dict], pictures: list[Tensor], path: Path) -> None:
+    """Pictures (3, H, W) and what the networks see in them, from predict.py's rows."""
+    count = len(pictures)
+    figure, panels = plt.subplots(
+        1, count, figsize=(2.4 * count, 3.2), layout="constrained", squeeze=False
+    )
+    for axes, row, picture in zip(panels[0], rows, pictures, strict=True):
+        axes.imshow(picture.permute(1, 2, 0).cpu())
+        text = f"{literal(row['class'])} {row['probability']:.3f}\nmargin {row['margin']:.3f}"
+        axes.set_title(text, fontsize=9)
+        axes.axis("off")
+    figure.suptitle("What the network sees")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -116,14 +160,14 @@ def plot_matrix(
     x: Tensor,
     png: Tensor,
     pairs: list[tuple[int, int]],
-    l2: list[float | None],
+    l2: list[float],
     classes: list[str],
     title: str,
     path: Path,
 ) -> None:
     """Adversarial pictures (N, 3, H, W) and their mean L2 by source (row) and target (column).
 
-    On the diagonal of the pictures stands an original; None is the distance of a failure.
+    On the diagonal of the pictures stands an original; a failure has an infinite L2.
     """
     count, side = len(classes), x.shape[-1]
     mosaic = np.ones((count * side, count * side, 3))
@@ -132,7 +176,7 @@ def plot_matrix(
         for column, shown in ((source, picture), (target, other)):
             rows = slice(source * side, (source + 1) * side)
             mosaic[rows, column * side : (column + 1) * side] = shown.permute(1, 2, 0)
-        cells[source][target] += [] if value is None else [value]
+        cells[source][target] += [value] if np.isfinite(value) else []
     means = np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in cells])
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
@@ -144,7 +188,7 @@ def plot_matrix(
         color = "white" if means[row, column] < middle else "black"
         text = f"{means[row, column]:.2f}"
         right.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    known = [value for value in l2 if value is not None]
+    known = [value for value in l2 if np.isfinite(value)]
     note = f"mean {np.mean(known):.3f}" if known else "no success"
     right.set_title(f"L2 distance, {note}")
     figure.colorbar(image, ax=right, shrink=0.8, label="L2 (pixels in [0, 1])")
