@@ -1,36 +1,42 @@
 """Tables of numbers with a class for each row, or for some, split into training and test rows.
 
-penguins  Palmer penguins (Horst, Hill & Gorman 2020, CC0): species from four measurements
+penguins  Palmer penguins (Horst, Hill & Gorman 2020, CC0; penguins.csv in this folder): species
+          from four measurements
 csv       one's own table
 iris, wine, breast_cancer, digits  real tables that come with scikit-learn
 blobs     Gaussian clouds of any number of points
 """
 
 import csv
-import hashlib
 import os
-import threading
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PENGUINS = (
-    "https://raw.githubusercontent.com/allisonhorst/palmerpenguins/"
-    "8957207b78d6ccd1b4654a9dd9c9041b657478ab/inst/extdata/penguins.csv"
-)
-PENGUINS_SHA256 = "f204db2c753b0937caac3cb35258562c14f073e4bbc76be24b4c51ce22767a93"
+PENGUINS = Path(__file__).resolve().parent / "penguins.csv"
 MEASUREMENTS = ("bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g")
 BUNDLED = ("iris", "wine", "breast_cancer", "digits")
-STAND_IN = "breast_cancer"
-MISSING = ("", "na", "nan", "null", "none", "?")
+MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none", "?", "-")  # among numbers
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+csv.field_size_limit(10_000_000)  # characters; Python's limit is 131,072
+
+
+# --- reading files: the same in every project that has it --------------------------------------
 
 
 class DataError(Exception):
     """Why the data cannot be used, in one line for the person who started the run."""
+
+
+# --- end of reading files ---------------------------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -38,9 +44,21 @@ class Table(NamedTuple):
     x: Tensor  # (N, D), nan where missing
     y: Tensor  # (N,), -1 where the class is not known
     classes: tuple[str, ...]
+    features: tuple[str, ...]
     rows: Tensor  # (N,) number of each row in the file, from 0
     dropped: int  # rows left out as they lack a feature
     note: str = ""  # what the person who started the run should know
+
+
+class Scaling(NamedTuple):
+    """Of training rows: what is subtracted from each feature (D,), and what that is divided by."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows (N, D), scaled; where a feature is missing it becomes the mean."""
+        return ((x - self.mean) / self.deviation).nan_to_num(0)
 
 
 class Split(NamedTuple):
@@ -53,6 +71,7 @@ class Split(NamedTuple):
     x_test: Tensor
     y_test: Tensor
     rows_test: Tensor
+    scaling: Scaling
 
 
 def load(
@@ -66,24 +85,18 @@ def load(
     blob_sizes: tuple[int, ...],
     seed: int,
 ) -> Table:
-    """The table `dataset`; `auto` is penguins, or a bundled one where they cannot be had.
-
-    Raises DataError if a data set that was asked for by name cannot be had.
-    """
+    """The table `dataset`. Raises DataError if one's own cannot be used."""
     if dataset == "blobs":
         return load_blobs(blob_sizes, seed)
     if dataset in BUNDLED:
         return load_bundled(dataset)
-    if dataset == "csv":
-        table = read_csv(csv_file, label_column, feature_columns)
+    if dataset == "penguins":
+        table = read_csv(PENGUINS, "species", MEASUREMENTS)
+        more = "others: --config semi_supervised_clustering/breast_cancer.yaml, digits.yaml"
+        table = table._replace(note=f"data: 344 penguins ({more})")
     else:
-        try:
-            table = load_penguins(data_dir)
-        except DataError as error:
-            if dataset == "penguins":
-                raise
-            note = f"{error}; scikit-learn's {STAND_IN} stands in for it"
-            return load_bundled(STAND_IN)._replace(note=note)
+        path = csv_file if csv_file.is_file() else data_dir / csv_file.name
+        table = read_csv(path if path.is_file() else csv_file, label_column, feature_columns)
     return drop_incomplete(table) if missing == "drop" else noted(table, "filled with the mean")
 
 
@@ -92,59 +105,21 @@ def load_bundled(name: str) -> Table:
 
     bunch = getattr(datasets, f"load_{name}")()
     x, y = torch.from_numpy(bunch.data).double(), torch.from_numpy(bunch.target).long()
-    classes = tuple(map(str, bunch.target_names))
-    return Table(name, x, y, classes, torch.arange(len(x)), 0, f"data: {name}")
+    classes, features = (
+        tuple(map(str, names)) for names in (bunch.target_names, bunch.feature_names)
+    )
+    return Table(name, x, y, classes, features, torch.arange(len(x)), 0, f"data: {name}")
 
 
-def load_blobs(sizes: tuple[int, int, int], seed: int) -> Table:
+def load_blobs(sizes: tuple[int, ...], seed: int) -> Table:
     """Overlapping Gaussian clouds, one per class; sizes are points, features and classes."""
     from sklearn.datasets import make_blobs
 
     points, features, classes = sizes
     x, y = make_blobs(points, features, centers=classes, cluster_std=10.0, random_state=seed)
     x, y = torch.from_numpy(x).float(), torch.from_numpy(y).long()
-    names = tuple(map(str, range(classes)))
-    return Table("blobs", x, y, names, torch.arange(points), 0, "data: blobs (synthetic)")
-
-
-def load_penguins(data_dir: Path) -> Table:
-    path = data_dir / "penguins.csv"
-    if not path.exists():
-        download(PENGUINS, PENGUINS_SHA256, path)
-    return read_csv(path, "species", MEASUREMENTS)._replace(name="penguins")
-
-
-def download(url: str, sha256: str, path: Path) -> None:
-    """Fetch a small file and check it. Raises DataError if that fails."""
-    reason = f"{path} is not there and could not be downloaded"
-    host = "/".join(url.split("/")[:3])
-    if not reachable(url):
-        raise DataError(f"{reason}: {host} does not answer")
-    try:
-        with urlopen(url, timeout=30) as answer:
-            content = answer.read()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(f"{reason}: what {host} sent is not the known file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        raise DataError(f"{reason}: {error}") from error
-
-
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
+    names = (tuple(map(str, range(count))) for count in (classes, features))
+    return Table("blobs", x, y, *names, torch.arange(points), 0, "data: blobs (synthetic)")
 
 
 # --- csv --------------------------------------------------------------------------------------
@@ -152,75 +127,150 @@ def reachable(url: str, seconds: float = 8.0) -> bool:
 
 def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) -> Table:
     """A table with a header. Raises DataError that names file and line."""
-    header, lines = read_lines(path)
+    header, label_column = read_header(path), nfc(label_column)
     if label_column not in header:
         raise DataError(f"{path}: there is no column '{label_column}'; there are {show(header)}")
-    if feature_columns == ("all",):
+    if tuple(feature_columns) == ("all",):
         others = [name for name in header if name != label_column]
-        feature_columns = [name for name in others if is_numeric(lines, header.index(name))]
+        reasons = why_not_numbers(path, others)
+        feature_columns = [name for name in others if name not in reasons]
         if not feature_columns:
             raise DataError(f"{path}: no column but '{label_column}' holds numbers")
-    for name in feature_columns:
-        if name not in header:
-            raise DataError(f"{path}: there is no column '{name}'; there are {show(header)}")
-        if name == label_column:
-            raise DataError(f"{path}: '{name}' cannot be both feature and class")
-    columns = [header.index(name) for name in feature_columns]
-    x = [[number(path, line, row[column]) for column in columns] for line, row in lines]
-    labels = [row[header.index(label_column)].strip() for _, row in lines]
-    labels = [None if label.lower() in MISSING else label for label in labels]
-    classes = tuple(sorted({label for label in labels if label is not None}))
+    else:
+        feature_columns, reasons = [nfc(name) for name in feature_columns], {}
+        if label_column in feature_columns:
+            raise DataError(f"{path}: '{label_column}' cannot be both feature and class")
+    values, labels = array("d"), []
+    for numbers, row in read_numbers(path, feature_columns, also=label_column):
+        values.extend(numbers)
+        labels.append(row.strip())
+    if not labels:
+        raise DataError(f"{path}: expected a header and rows below it")
+    classes = tuple(sorted({label for label in labels if label}))
     if len(classes) < 2:
-        raise DataError(
-            f"{path}: '{label_column}' holds {len(classes)} classes, expected 2 or more"
-        )
-    y = [-1 if label is None else classes.index(label) for label in labels]
+        found = f"'{label_column}' holds {len(classes)} classes, expected 2 or more"
+        raise DataError(f"{path}: {found}")
+    codes = {label: number for number, label in enumerate(classes)} | {"": -1}
+    x = torch.from_numpy(np.frombuffer(values).reshape(len(labels), -1).copy())
+    y = torch.tensor([codes[label] for label in labels])
     note = f"data: {path.name}, class {label_column}, features {show(feature_columns)}"
-    x = torch.tensor(x, dtype=torch.float64)
-    return Table(path.stem, x, torch.tensor(y), classes, torch.arange(len(x)), 0, note)
+    note += "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())
+    return Table(path.stem, x, y, classes, tuple(feature_columns), torch.arange(len(x)), 0, note)
 
 
-def read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and each row with the number of its line."""
+def find_tables(inputs: list[str]) -> list[Path]:
+    """Files, and the csv files in folders and below. Raises DataError if there is none."""
+    tables = []
+    for path in (Path(text).expanduser() for text in inputs):
+        if not path.is_dir():
+            tables.append(path)
+        for folder, _, names in sorted(os.walk(path, followlinks=True)):
+            shown = (name for name in sorted(names) if not name.startswith("."))
+            tables += [Path(folder) / name for name in shown if name.lower().endswith(".csv")]
+    if not tables:
+        raise DataError(f"{inputs[0]}: there are no csv files in it")
+    return tables
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number of its line and the texts of each row, as they are read; the header first.
+
+    Columns are separated as those of the header, by commas, semicolons or tabs. Raises DataError.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            first = file.readline()
+            separator = max(",;\t", key=first.count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
+            count = None
+            for row in reader:
+                count = len(row) if count is None else count
+                if row and len(row) != count:
+                    place = f"{path}, line {reader.line_num}"
+                    raise DataError(f"{place}: expected {count} values, found {len(row)}")
+                if row:
+                    yield reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a text in UTF-8 ({error})") from None
+    except (OSError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    if len(lines) < 2:
+
+
+def read_header(path: Path) -> list[str]:
+    """The columns' names. Raises DataError if one stands twice."""
+    _, row = next(read_rows(path), (0, []))
+    header = [nfc(name) for name in row]
+    if not any(header):
         raise DataError(f"{path}: expected a header and rows below it")
-    header = [name.strip() for name in lines[0][1]]
-    for line, row in lines[1:]:
-        if len(row) != len(header):
-            raise DataError(f"{path}, line {line}: expected {len(header)} values, found {len(row)}")
-    return header, lines[1:]
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: the column '{twice[0]}' stands twice")
+    return header
+
+
+def read_numbers(
+    path: Path, columns: list[str], also: str | None = None
+) -> Iterator[tuple[list[float], str]]:
+    """For each row the numbers of `columns`, nan where missing, and the text of the column `also`.
+
+    Raises DataError that names file and line.
+    """
+    header = read_header(path)
+    if absent := [name for name in columns if name not in header]:
+        raise DataError(f"{path}: there is no column '{absent[0]}'; there are {show(header)}")
+    places = [header.index(name) for name in columns]
+    extra = header.index(also) if also is not None else None
+    rows = read_rows(path)
+    next(rows)
+    for line, row in rows:
+        try:
+            numbers = [number(row[place]) for place in places]
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: expected a number, found {error}") from None
+        yield numbers, "" if extra is None else row[extra]
+
+
+def why_not_numbers(path: Path, names: list[str]) -> dict[str, str]:
+    """Why columns cannot be features: nameless (as the index that pandas writes), text, empty."""
+    header, reasons, found = read_header(path), {}, set()
+    for name in names:
+        if not name or re.fullmatch(r"Unnamed: \d+", name):
+            reasons[name] = "left out, as it has no name"
+    rows = read_rows(path)
+    next(rows)
+    for line, row in rows:
+        for name in names:
+            if name in reasons:
+                continue
+            try:
+                if number(text := row[header.index(name)]) == number(text):  # not nan
+                    found.add(name)
+            except ValueError as error:
+                reasons[name] = f"left out, as line {line} holds {error}"
+    empty = [name for name in names if name not in reasons and name not in found]
+    return reasons | dict.fromkeys(empty, "left out, as it holds nothing")
+
+
+def number(text: str) -> float:
+    """nan where missing. Raises ValueError that shows the text if it is not a finite number."""
+    text = text.strip()
+    if text.lower() in MISSING:
+        return float("nan")
+    with suppress(ValueError):
+        value = float(text.replace(",", "") if THOUSANDS.fullmatch(text) else text)
+        if abs(value) < float("inf"):
+            return value
+    raise ValueError(f"'{text[:50]}'")
 
 
 def show(names) -> str:
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def is_numeric(lines: list[tuple[int, list[str]]], column: int) -> bool:
-    """Whether a column holds numbers, where it holds anything, and holds one at least."""
-    texts = [row[column].strip() for _, row in lines]
-    texts = [text for text in texts if text.lower() not in MISSING]
-    try:
-        return bool([float(text) for text in texts])
-    except ValueError:
-        return False
-
-
-def number(path: Path, line: int, text: str) -> float:
-    """nan where missing."""
-    if text.strip().lower() in MISSING:
-        return float("nan")
-    with suppress(ValueError):
-        value = float(text)
-        if abs(value) < float("inf"):
-            return value
-    raise DataError(f"{path}, line {line}: expected a number, found '{text}'")
 
 
 def drop_incomplete(table: Table) -> Table:
@@ -244,29 +294,31 @@ def noted(table: Table, done: str) -> Table:
 def split(table: Table, *, test_share: float, label_count: int, scale: bool, seed: int) -> Split:
     """Random training and test rows, and the labels that are given: each class has one first.
 
-    A larger label_count holds the labels of a smaller one. Raises DataError if it is too large.
+    A larger label_count holds the labels of a smaller one; 0: all are given. Raises DataError if
+    it is too large.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(table.x), generator=generator)
     known, unknown = order[table.y[order] >= 0], order[table.y[order] < 0]
     test_count = max(1, round(test_share * len(known)))
     test, pool = known[:test_count], known[test_count:]
-    labelled = draw_labels(table.y[pool], label_count)
-    if label_count >= len(pool):
+    if label_count >= len(pool) or not len(pool):
         raise DataError(
-            f"{table.name}: of {len(pool)} training rows with a class {label_count} cannot be "
-            "labelled, so that some are left to evaluate on"
+            f"label_counts: {table.name} has {len(pool)} training rows with a class, of which "
+            f"{label_count} cannot be labelled: some have to be left to evaluate on; give smaller "
+            "label_counts and label_count"
         )
+    labelled = choose_labels(table.y[pool], label_count) if label_count else torch.arange(len(pool))
     train = torch.cat((pool, unknown))
     given = torch.full((len(train),), -1)
     given[labelled] = table.y[pool[labelled]]
-    x, x_test = standardise(table.x[train], table.x[test], scale)
-    return Split(
-        x, table.y[train], given, table.rows[train], x_test, table.y[test], table.rows[test]
-    )
+    scaling = scaling_of(table.x[train], scale)
+    x, x_test = scaling(table.x[train]), scaling(table.x[test])
+    rows, rows_test = table.rows[train], table.rows[test]
+    return Split(x, table.y[train], given, rows, x_test, table.y[test], rows_test, scaling)
 
 
-def draw_labels(y: Tensor, count: int) -> Tensor:
+def choose_labels(y: Tensor, count: int) -> Tensor:
     """The first row of each class, then the first ones whatever their class: `count` of y (N,)."""
     firsts = torch.stack([(y == label).nonzero()[0, 0] for label in y.unique()])
     others = torch.ones(len(y), dtype=torch.bool)
@@ -274,12 +326,8 @@ def draw_labels(y: Tensor, count: int) -> Tensor:
     return torch.cat((firsts, others.nonzero()[:, 0]))[:count]
 
 
-def standardise(x: Tensor, x_test: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
-    """Both scaled by mean and standard deviation of x (N, D); missing values become the mean.
-
-    A constant column is only shifted.
-    """
+def scaling_of(x: Tensor, scale: bool) -> Scaling:
+    """Mean and standard deviation of x (N, D); a constant column is only shifted."""
     mean = x.nanmean(0).nan_to_num(0)
     deviation = (x - mean).square().nanmean(0).nan_to_num(0).sqrt()
-    deviation = torch.where((deviation > 0) & scale, deviation, 1)
-    return tuple(((part - mean) / deviation).nan_to_num(0) for part in (x, x_test))
+    return Scaling(mean, torch.where((deviation > 0) & scale, deviation, 1))

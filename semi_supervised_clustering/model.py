@@ -2,235 +2,406 @@
 
 Demiriz, Bennett & Embrechts 1999, "Semi-Supervised Clustering Using Genetic Algorithms": dispersion
 plus impurity, over all points and over the labelled ones. They search with a genetic algorithm;
-here it is a descent in the manner of Lloyd's, each of whose steps can only lower the objective. For
-points x_i in clusters a_i with centres c_k, of which m are labelled, n_kj of class j in cluster k,
+here it is a descent like Lloyd's, none of whose steps can raise the objective. For points x_i of
+weight w_i (sum W) in clusters a_i with centres c_k, and labelled weight m_kj of class j in k,
 
-    J = 1/n sum_i d(x_i, c_{a_i})  +  alpha/m sum_k m_k Gini_k                                  (1)
-    m_k Gini_k = m_k - sum_j n_kj^2 / m_k,    m_k = sum_j n_kj                                  (2)
+    W J = sum_i w_i d(x_i, c_{a_i}) / s  +  alpha sum_k m_k Gini_k                              (1)
+    m_k Gini_k = m_k - sum_j m_kj^2 / m_k,    m_k = sum_j m_kj                                  (2)
 
 with the squared Euclidean distance, which the mean minimises, or with the plain one, which the
-geometric median minimises. A cluster without labelled points has no impurity.
+geometric median minimises. The unit s is the mean of d(x_i, mean of all), so that alpha has no
+scale: a labelled point joins a cluster of another class where that is nearer by more than alpha s.
+With metric "pooled" d is the squared Mahalanobis distance under the clusters' pooled covariance S,
+s is the number of features, and log det S / s is added to J (Friedman & Rubin 1967).
 """
 
-from typing import Literal
+import copy
+import sys
+import warnings
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassifierMixin, ClusterMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 from torch import Tensor
 
 MEDIAN_STEPS = 20  # of Weiszfeld's iteration, each time the centres move
+ROUNDS = 100  # at most, of clustering and then estimating the covariance
+SAMPLE = 10_000  # rows from which on the starts are tried on a sample
+HELD = 2**20  # numbers of a table that is small enough to keep in the clusters' coordinates
+TABLE = 2**18  # distances worked on at a time on a CPU: what its cache holds
+LABELLED = 4096  # labelled points that are moved at a time
+MANY = 256  # labelled points that would gain by a move: from here on all of them move at once
+
+
+# --- impurity ---------------------------------------------------------------------------------
 
 
 def weighted_gini(counts: np.ndarray) -> np.ndarray:
-    """Equation 2 (K,) from the labelled points of each cluster by class, (K, C)."""
+    """Equation 2 (K,) from the labelled weight of each cluster by class, (K, C)."""
     labelled = counts.sum(1)
-    return labelled - (counts**2).sum(1) / np.maximum(labelled, 1)
+    return labelled - (counts**2).sum(1) / np.where(labelled > 0, labelled, 1)
 
 
-def join_change(labelled, squares, same):
-    """By how much equation 2 rises if a point joins a cluster with `same` points of its class.
+def join_change(labelled, squares, same, weight=1.0):
+    """By how much equation 2 rises if a point of this weight joins a cluster.
 
-    The cluster's m_k is `labelled`, its sum_j n_kj^2 `squares`, which rises by 2 same + 1. A point
-    that leaves lowers (2) by as much as joining what it leaves behind would raise it.
+    The cluster's m_k is `labelled`, its sum_j m_kj^2 `squares`, and `same` its weight of the
+    point's class. A point that leaves lowers (2) by as much as joining what it leaves behind would
+    raise it.
     """
-    return 1 + squares / np.maximum(labelled, 1) - (squares + 2 * same + 1) / (labelled + 1)
+    after = squares + weight * (2 * same + weight)
+    return weight + squares / np.where(labelled > 0, labelled, 1) - after / (labelled + weight)
 
 
-def move_labelled(
-    costs: np.ndarray, y: np.ndarray, own: np.ndarray, counts: np.ndarray, weight: float
-) -> np.ndarray:
-    """The clusters (M,) of the labelled points after moves that each lower n * J, until none does.
+def tangent(counts: np.ndarray) -> np.ndarray:
+    """Slopes (K, C) of equation 2, which is concave: no point moved by them can raise it.
 
-    `costs` (M, K) are distances up to a constant per point, `y` and `own` (M,) classes and
-    clusters, `counts` (K, C); `weight` is alpha * n / m. A move of point i from a to b changes
-    n * J, with the join_change of b, and of a without i, by
+    Where a cluster has no labels there is no slope; 1 - 1/C bounds its impurity from above.
+    """
+    labelled = counts.sum(1, keepdims=True)
+    shares = counts / np.where(labelled > 0, labelled, 1)
+    slopes = 1 - 2 * shares + (shares**2).sum(1, keepdims=True)
+    return np.where(labelled > 0, slopes, 1 - 1 / counts.shape[1])
 
-        costs_ib - costs_ia + weight * (join_b - join_a)                                        (3)
 
-    which takes O(K) for all b. Points are sifted all at once by the counts at hand, and those that
-    would gain are taken in the order of their gain and seen again one by one, as the counts change.
+def count_labels(own: np.ndarray, y: np.ndarray, w: np.ndarray, shape: tuple) -> np.ndarray:
+    """Labelled weight (K, C) of each cluster by class."""
+    return np.bincount(own * shape[1] + y, w, shape[0] * shape[1]).reshape(shape)
+
+
+def move_labelled(costs, y, w, own, counts, pull: float) -> np.ndarray:
+    """The clusters (M,) of labelled points after moves that each lower (1), until none does.
+
+    `costs` (M, K) are distances up to a constant per point, `y`, `w` and `own` (M,) classes,
+    weights and clusters, `counts` (K, C) the labelled weight of all points; `pull` is alpha s. A
+    move of point i from a to b changes s W J by
+
+        w_i (costs_ib - costs_ia) + pull (join_b - join_a)                                      (3)
+
+    with the join_change of b, and of a without i: O(K) for all b. Points are sifted all at once.
+    If many would gain, all go where distance plus tangent is least; else those that would gain are
+    taken in the order of their gain and seen again one by one, as the counts change.
     """
     own, counts, rows = own.copy(), counts.copy(), np.arange(len(y))
-    labelled, squares = counts.sum(1), (counts**2).sum(1)
-    least = 1e-12 * (np.abs(costs).max(initial=0) + weight)  # a smaller change is rounding
+    least = 1e-12 * w * (np.abs(costs).max(initial=0) + pull)  # a smaller change is rounding
 
-    def leave_change(a, j):
-        same = counts[a, j]
-        return -join_change(labelled[a] - 1, squares[a] - 2 * same + 1, same - 1)
+    def changes(i, a, j):
+        """Equation 3 for points i (n,) of clusters a and classes j, and all b: (n, K)."""
+        labelled, squares, weight = counts.sum(1), (counts**2).sum(1), w[i][:, None]
+        join = join_change(labelled, squares, counts.T[j], weight)
+        same, left = counts[a, j] - w[i], squares[a] - w[i] * (2 * counts[a, j] - w[i])
+        leave = join_change(labelled[a] - w[i], left, same, w[i])
+        own_costs = costs[i, a][:, None]
+        change = weight * (costs[i] - own_costs) + pull * (join - leave[:, None])
+        change[np.arange(len(a)), a] = 0
+        return change
 
     while True:
-        join = join_change(labelled[:, None], squares[:, None], counts)
-        change = costs + weight * join.T[y]
-        change += (weight * leave_change(own, y) - costs[rows, own])[:, None]
-        change[rows, own] = 0
-        gain = -change.min(1)
+        gain = -changes(rows, own, y).min(1)
         gainers = np.flatnonzero(gain > least)
+        if len(gainers) > MANY:
+            to = (costs + pull * tangent(counts).T[y]).argmin(1)
+            if (to != own).any():
+                shape = counts.shape
+                before = count_labels(own, y, w, shape)
+                counts += count_labels(to, y, w, shape) - before
+                own = to
+                continue
         if not len(gainers):
             return own
         for i in gainers[np.argsort(-gain[gainers], kind="stable")]:
-            a, j = own[i], y[i]
-            join = join_change(labelled, squares, counts[:, j])
-            change = costs[i] - costs[i, a] + weight * (join + leave_change(a, j))  # equation 3
-            change[a] = 0
+            (change,) = changes(np.array([i]), own[i : i + 1], y[i : i + 1])
             b = change.argmin()
-            if change[b] < -least:
-                squares[a] -= 2 * counts[a, j] - 1
-                squares[b] += 2 * counts[b, j] + 1
-                for cluster, step in ((a, -1), (b, 1)):
-                    counts[cluster, j] += step
-                    labelled[cluster] += step
+            if change[b] < -least[i]:
+                counts[own[i], y[i]] -= w[i]
+                counts[b, y[i]] += w[i]
                 own[i] = b
 
 
-def squared_costs(x: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances (K, N) of centres (K, D) and points (N, D), less |x|^2."""
-    centres = centres.to(x.dtype)
-    return torch.addmm(centres.square().sum(1)[:, None], centres, x.T, alpha=-2)
+# --- points and centres -----------------------------------------------------------------------
 
 
-def nearest(x: Tensor, centres: Tensor, chunk: int) -> Tensor:
-    """Which of the centres (K, D) is nearest to each point: (N,) from (N, D)."""
-    return torch.cat([squared_costs(points, centres).min(0).indices for points in x.split(chunk)])
+class Points:
+    """Rows x (N, D) in the coordinates (x - shift) @ whiten, made when they are asked for.
+
+    So a table needs no second copy in memory, and may lie in a file (numpy.memmap).
+    """
+
+    def __init__(self, x: Tensor, shift: Tensor, whiten: Tensor | None = None):
+        self.x, self.shift = x, shift.to(x)
+        self.whiten = None if whiten is None else whiten.to(x)
+        self.held = self.seen(x) if x.numel() <= HELD else None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        rows = rows - self.shift
+        return rows if self.whiten is None else rows @ self.whiten
+
+    def take(self, index: Tensor) -> Tensor:
+        """The points `index` (n,), which rises."""
+        if len(index) and int(index[-1]) - int(index[0]) + 1 == len(index):
+            return self.part(slice(int(index[0]), int(index[-1]) + 1))
+        if self.held is not None:
+            return self.held.index_select(0, index)
+        return self.seen(self.x.index_select(0, index))
+
+    def part(self, rows: slice) -> Tensor:
+        return self.seen(self.x[rows]) if self.held is None else self.held[rows]
+
+    def parts(self, size: int):
+        """Pairs of a slice and its points."""
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, self.part(rows)
 
 
-def geometric_medians(x: Tensor, own: Tensor, centres: Tensor, chunk: int) -> Tensor:
-    """Centres (K, D) nearer to their points (N, D), whose clusters are `own` (N,), in total.
+def chunk_of(x: Tensor, clusters: int) -> int:
+    """Points at a time: what fits a processor's cache, or fills a GPU."""
+    return max(512, TABLE // clusters) if x.device.type == "cpu" else max(512, 2**26 // clusters)
+
+
+def squared_costs(points: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (K, n) of centres (K, D) and points (n, D), less |x|^2."""
+    return torch.addmm(centres.square().sum(1)[:, None], centres, points.T, alpha=-2)
+
+
+def nearest_two(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For points (n, D): the nearest of the centres (K, D), its distance, and by how much the
+    second is farther at least (less than 0 where rounding may hide which of them is nearer).
+    """
+    centres = centres.to(points)
+    costs = squared_costs(points, centres)
+    best = costs.amin(0)
+    hit = torch.eq(costs, best, out=torch.empty_like(costs))  # 1 where nearest, else 0
+    code = torch.stack((torch.ones(len(centres)), torch.arange(len(centres)))).to(points)
+    count, number = code @ hit  # many times faster than min with indices
+    nearest = number.long()
+    tied = (count > 1).nonzero()[:, 0]
+    if len(tied):
+        nearest[tied] = costs.index_select(1, tied).min(0).indices
+    second = costs.add_(hit, alpha=torch.finfo(points.dtype).max / 4).amin(0)
+    square = points.square() @ points.new_ones(points.shape[1])
+    rounding = torch.finfo(points.dtype).eps * (8 + points.shape[1] / 4)
+    rounding = rounding * (square + centres.square().sum(1).max())
+    distance = (best + square).clamp(min=0).sqrt()
+    margin = (second + square - rounding).clamp(min=0).sqrt()
+    margin -= (best + square + rounding).clamp(min=0).sqrt()
+    margin[tied] = -float("inf")
+    return nearest, distance, margin
+
+
+def cluster_sums(points: Tensor, w: Tensor, own: Tensor, clusters: int) -> np.ndarray:
+    """Sums (K, D) of w x over the points (n, D) of each cluster `own` (n,), in float64."""
+    if points.device.type != "cpu":
+        sums = torch.zeros(clusters, points.shape[1], dtype=torch.float64, device=points.device)
+        return sums.index_add_(0, own, points.double() * w[:, None]).cpu().numpy()
+    weights, numbers = w.double().numpy(), own.numpy()
+    if len(own) * clusters <= 2**14:
+        return (np.arange(clusters)[:, None] == numbers) * weights @ points.double().numpy()
+    from scipy.sparse import csc_matrix  # many times as fast as index_add_
+
+    place = (weights, numbers, np.arange(len(own) + 1))
+    return csc_matrix(place, shape=(clusters, len(own))) @ points.double().numpy()
+
+
+def geometric_medians(points: Points, w, own: Tensor, centres: np.ndarray, chunk: int):
+    """Centres (K, D) nearer to their points, whose clusters are `own` (N,), in total.
 
     Weiszfeld's iteration in the form of Vardi & Zhang 2000, which never raises the sum of distances
     and does not stick to a data point: where the centre is one, that point holds it back.
     """
     for _ in range(MEDIAN_STEPS):
-        pull, weights = torch.zeros_like(centres), centres.new_zeros(len(centres), 1)
-        here = torch.zeros_like(weights)
-        for points, clusters in zip(x.split(chunk), own.split(chunk), strict=True):
-            gap = points.double() - centres[clusters]
-            distance = gap.norm(dim=1, keepdim=True)
-            weight = torch.where(distance > 0, 1 / distance, 0)
-            pull.index_add_(0, clusters, weight * gap)
-            weights.index_add_(0, clusters, weight)
-            here.index_add_(0, clusters, (distance == 0).double())
-        tiny = torch.finfo(centres.dtype).tiny
-        held = (here / pull.norm(dim=1, keepdim=True).clamp(min=tiny)).clamp(max=1)
-        centres = centres + (1 - held) * pull / weights.clamp(min=tiny)
+        pull, weights = np.zeros_like(centres), np.zeros((len(centres), 1))
+        here, at = np.zeros_like(weights), torch.from_numpy(centres).to(points.x.device)
+        for rows, part in points.parts(chunk):
+            gap = part.double() - at[own[rows]]
+            distance = gap.norm(dim=1)
+            weight = torch.where(distance > 0, w[rows] / distance, 0)
+            pull += cluster_sums(gap, weight, own[rows], len(centres))
+            ones = torch.ones_like(gap[:, :1])
+            weights += cluster_sums(ones, weight, own[rows], len(centres))
+            here += cluster_sums(ones, w[rows] * (distance == 0), own[rows], len(centres))
+        tiny = np.finfo(centres.dtype).tiny
+        strength = np.linalg.norm(pull, axis=1, keepdims=True)
+        held = np.minimum(here, strength) / strength.clip(tiny)  # at most 1
+        centres = centres + (1 - held) * pull / weights.clip(tiny)
     return centres
 
 
-def extend_start(x: Tensor, centres: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Add points of x (N, D) to centres (k, D), k >= 0, until there are `clusters` of them.
+def extend_start(points: Points, w: Tensor, centres: Tensor, clusters: int, generator) -> Tensor:
+    """Add points to centres (k, D), k >= 0, until there are `clusters` of them.
 
-    k-means++ (Arthur & Vassilvitskii 2007): a point is drawn in proportion to its squared distance
-    from the nearest centre so far; at random where all are 0.
+    k-means++ (Arthur & Vassilvitskii 2007): a point is drawn in proportion to its weight and its
+    squared distance from the nearest centre so far; by weight alone where all distances are 0.
     """
+    x = points.part(slice(0, len(points)))
     nearest = x.new_full((len(x),), float("inf"))
     for centre in centres:
         nearest = torch.minimum(nearest, (x - centre).square().sum(1))
     while len(centres) < clusters:
-        chance = nearest.double() if nearest.isfinite().all() and nearest.any() else None
+        chance = nearest.double() * w if nearest.isfinite().all() and nearest.any() else w.double()
+        total = chance.cumsum(0)
         drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
-        if chance is None:
-            index = (drawn * len(x)).long()
-        else:
-            total = chance.cumsum(0)
-            index = torch.searchsorted(total, drawn * total[-1], right=True).clamp(max=len(x) - 1)
+        index = torch.searchsorted(total, drawn * total[-1], right=True).clamp(max=len(x) - 1)
         centres = torch.cat((centres, x[index]))
         nearest = torch.minimum(nearest, (x - x[index]).square().sum(1))
     return centres
 
 
-class Descent:
-    """Centres, clusters, and the sums from which the objective follows; each step lowers it.
+# --- the descent ------------------------------------------------------------------------------
 
-    x (N, D) has mean 0; y (N,) holds classes 0 .. C - 1, or -1; centres (K, D). Clusters' sizes
-    (K,), sums of points (K, D) and labelled points by class (K, C) are kept in float64 and change
-    only by the points that move. So does the objective, in O(K (D + C)), if distances are squared.
+
+class Descent:
+    """Centres, clusters, and the sums from which the objective follows; no step raises it.
+
+    Of `points` (N, D), weights w (N,) and classes y (N,), 0 .. C - 1 or -1; centres (K, D). `unit`
+    is s, `constant` what is added to J. Clusters' sizes (K,), sums of points (K, D) and labelled
+    weight by class (K, C) are kept in float64 and change only by the points that move. So does the
+    objective, in O(K (D + C)), if distances are squared.
+
+    A point is looked at again only once the centres may have moved so far that another could be its
+    nearest (bounds of Hamerly 2010): `path` (K,) is how far a cluster's centre and the farthest
+    moving other have come, `due` (N,) the path at which a point has to be looked at.
     """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, centres: Tensor, *, alpha: float, distance: str, chunk: int
-    ):
-        self.x, self.y, self.chunk, self.plain = x, y, chunk, distance == "plain"
+    def __init__(self, points, y, w, centres, *, alpha, unit, constant=0.0, plain=False, own=None):
+        self.points, self.w, self.plain = points, w, plain
+        self.alpha, self.unit, self.constant = alpha, unit, constant
         self.labelled = (y >= 0).nonzero()[:, 0]
-        self.x_labelled = x[self.labelled]
-        # without impurity a labelled point goes where it would go without its label
-        self.free = (y < 0) | (alpha == 0)
-        self.alpha = alpha if len(self.labelled) else 0.0
-        self.centres = centres.double()
-        self.square_sum = float(sum(part.double().square().sum() for part in x.split(chunk)))
-        self.own = nearest(x, self.centres, chunk)
-        self.sizes = torch.bincount(self.own, minlength=len(centres)).double()
-        self.sums = torch.zeros_like(self.centres)
-        for points, clusters in zip(x.split(chunk), self.own.split(chunk), strict=True):
-            self.sums.index_add_(0, clusters, points.double())
-        self.classes = int(y.max()) + 1
-        self.counts = self.count_labels()
+        self.y = y[self.labelled].cpu().numpy()
+        self.w_labelled = w[self.labelled].double().cpu().numpy()
+        self.centres = centres.double().cpu().numpy()
+        self.chunk = chunk_of(points.x, len(centres))
+        self.guided = bool(len(self.labelled)) and alpha > 0
+        self.path = np.zeros(len(centres))
+        self.due = points.x.new_full((len(points),), -float("inf"), dtype=torch.float32)
+        self.own = own
+        self.sum_up()
 
-    def costs(self, x: Tensor) -> Tensor:
-        """Distances (K, N) of points (N, D) from the centres; squared ones without |x|^2."""
-        if self.plain:
-            centres = self.centres.to(x.dtype)
-            return torch.cdist(centres, x, compute_mode="donot_use_mm_for_euclid_dist")
-        return squared_costs(x, self.centres)
+    def sum_up(self) -> None:
+        """All sums anew; points without a cluster join the nearest."""
+        first, (clusters, features) = self.own is None, self.centres.shape
+        if first:
+            self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
+        self.sums, self.sizes = np.zeros((clusters, features)), np.zeros(clusters)
+        self.square_sum, self.weight = 0.0, float(self.w.sum(dtype=torch.float64))
+        for rows, points in self.points.parts(self.chunk):
+            if first:
+                self.own[rows], self.due[rows] = self.look(points)
+            own, w = self.own[rows], self.w[rows]
+            self.sums += cluster_sums(points, w, own, clusters)
+            self.sizes += np.bincount(own.cpu().numpy(), w.cpu().numpy(), clusters)
+            self.square_sum += float((points.square().sum(1) * w).sum(dtype=torch.float64))
+        if self.guided:
+            self.due[self.labelled] = float("inf")  # they move in step 3 only
+        self.counts = self.count()
 
-    def count_labels(self) -> Tensor:
-        """Labelled points (K, C) of each cluster by class."""
-        pairs = self.own[self.labelled] * self.classes + self.y[self.labelled]
-        counts = torch.bincount(pairs, minlength=len(self.centres) * self.classes)
-        return counts.view(len(self.centres), self.classes).double()
+    def look(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest centre of points (n, D), and the path at which to look again."""
+        near, _, margin = nearest_two(points, torch.from_numpy(self.centres))
+        path = torch.from_numpy(self.path).to(margin)
+        return near.int(), margin + path.index_select(0, near)
 
-    def move(self, index: Tensor, to: Tensor) -> int:
-        """Put the points `index` (M,) into other clusters, `to` (M,); returns M."""
-        if not len(index):
-            return 0
-        clusters, come_from = len(self.centres), self.own[index]
-        self.sizes += torch.bincount(to, minlength=clusters)
-        self.sizes -= torch.bincount(come_from, minlength=clusters)
-        parts = (tensor.split(self.chunk) for tensor in (index, to, come_from))
-        for points, new, old in zip(*parts, strict=True):
-            change = self.sums.new_zeros(clusters, len(points))
-            change.scatter_(0, new[None], 1.0).scatter_(0, old[None], -1.0)
-            self.sums.addmm_(change, self.x.index_select(0, points).double())
-        self.own[index] = to
-        if (self.y[index] >= 0).any():
-            self.counts = self.count_labels()
-        return len(index)
+    def count(self) -> np.ndarray:
+        own = self.own[self.labelled].cpu().numpy()
+        shape = (len(self.centres), int(self.y.max(initial=0)) + 1)
+        return count_labels(own, self.y, self.w_labelled, shape)
+
+    def move(self, index: Tensor, points: Tensor, to: Tensor) -> None:
+        """Put the points `index` (n,), (n, D) into other clusters, `to` (n,)."""
+        clusters, w, old = len(self.centres), self.w[index], self.own[index]
+        weights = w.cpu().numpy()
+        for own, sign in ((to, 1), (old, -1)):
+            self.sums += sign * cluster_sums(points, w, own, clusters)
+            self.sizes += sign * np.bincount(own.cpu().numpy(), weights, clusters)
+        self.own[index] = to.int()
 
     def assign(self) -> int:
-        """Step 2: points without a label go to the nearest centre; how many have moved.
+        """Step 2: points that step 3 does not move go to the nearest centre; how many moved."""
+        moved = 0
+        for part, points in self.late():
+            old, (near, due) = self.own[part], self.look(points)
+            if self.guided:
+                fixed = self.due[part] == float("inf")
+                near, due = torch.where(fixed, old, near), due.masked_fill(fixed, float("inf"))
+            self.due[part] = due.float()
+            change = (near != old).nonzero()[:, 0]
+            if len(change):
+                index = change + part.start if isinstance(part, slice) else part[change]
+                self.move(index, points.index_select(0, change), near[change])
+                moved += len(change)
+        if moved and not self.guided and len(self.labelled):
+            self.counts = self.count()
+        return moved
 
-        A point stays unless another centre is strictly nearer: few need to be looked at closely.
+    def late(self):
+        """Pairs of an index and its points: those that have to be looked at again.
+
+        If they are most of all, or all are few, whole chunks are, which are read faster.
         """
-        start, index, to = 0, [], []
-        for points in self.x.split(self.chunk):
-            part = slice(start, start + len(points))
-            costs = self.costs(points)
-            better = costs.amin(0) < costs.gather(0, self.own[None, part])[0]
-            moved = (better & self.free[part]).nonzero()[:, 0]
-            index.append(moved + start)
-            to.append(costs.index_select(1, moved).min(0).indices)
-            start += len(points)
-        return self.move(torch.cat(index), torch.cat(to))
+        if len(self.due) > self.chunk:
+            path = torch.from_numpy(self.path).to(self.due)
+            index = (self.due < path.index_select(0, self.own)).nonzero()[:, 0]
+            if 2 * len(index) < len(self.due):
+                return ((part, self.points.take(part)) for part in index.split(self.chunk))
+        return self.points.parts(self.chunk)
 
     def move_labelled(self) -> int:
-        """Step 3: labelled points go where the whole objective is lower; how many have moved."""
-        if self.alpha == 0:
-            return 0
-        own, y = self.own[self.labelled], self.y[self.labelled]
-        costs = self.costs(self.x_labelled).T.double().contiguous()
-        arrays = (part.cpu().numpy() for part in (costs, y, own, self.counts))
-        weight = self.alpha * len(self.x) / len(self.labelled)
-        to = torch.from_numpy(move_labelled(*arrays, weight)).to(own.device)
-        changed = to != own
-        return self.move(self.labelled[changed], to[changed])
+        """Step 3: labelled points go where the whole objective is lower; how many moved."""
+        moved = 0
+        if not self.guided:
+            return moved
+        for start in range(0, len(self.labelled), LABELLED):
+            rows = slice(start, start + LABELLED)
+            index = self.labelled[rows]
+            points, own = self.points.take(index), self.own[index].cpu().numpy()
+            y, w, costs = self.y[rows], self.w_labelled[rows], self.costs(points)
+            to = move_labelled(costs, y, w, own, self.counts, self.alpha * self.unit)
+            (change,) = np.nonzero(to != own)
+            if len(change):
+                change = torch.from_numpy(change).to(index)
+                to = torch.from_numpy(to).to(index.device)
+                self.move(index[change], points[change], to[change])
+                self.counts = self.count()
+                moved += len(change)
+        return moved
+
+    def costs(self, points: Tensor) -> np.ndarray:
+        """Distances (n, K) of points (n, D) from the centres; squared ones without |x|^2."""
+        points, centres = points.double(), torch.from_numpy(self.centres).to(points.device)
+        if self.plain:
+            return torch.cdist(points, centres).cpu().numpy()
+        return squared_costs(points, centres).T.contiguous().cpu().numpy()
 
     def update_centres(self) -> None:
         """Step 4: centres to the mean, or towards the median, of their points."""
+        before = self.centres
         self.fill_empty()
         if self.plain:
-            self.centres = geometric_medians(self.x, self.own, self.centres, self.chunk)
+            options = (self.w, self.own, self.centres, self.chunk)
+            self.centres = geometric_medians(self.points, *options)
         else:
-            means = self.sums / self.sizes.clamp(min=1)[:, None]
-            self.centres = torch.where(self.sizes[:, None] > 0, means, self.centres)
+            sizes = np.where(self.sizes > 0, self.sizes, 1)[:, None]
+            self.centres = np.where(self.sizes[:, None] > 0, self.sums / sizes, self.centres)
+        steps = np.linalg.norm(self.centres - before, axis=1)
+        farthest = steps.argmax()
+        others = np.full(len(steps), steps[farthest])
+        others[farthest] = max(
+            steps[:farthest].max(initial=0), steps[farthest + 1 :].max(initial=0)
+        )
+        self.path = self.path + (steps + others) * (1 + 1e-6)
 
     def fill_empty(self) -> None:
         """Empty clusters start anew at the point farthest from its centre.
@@ -238,189 +409,477 @@ class Descent:
         Its distance vanishes, and a cluster that is split is not less pure, so the objective falls.
         A cluster stays empty where all other points lie on their centres (duplicates).
         """
-        empty = (self.sizes == 0).nonzero()[:, 0]
+        if self.sizes.min() > 1e-9 * self.weight / len(self.points):
+            return
+        members = torch.bincount(self.own, minlength=len(self.centres)).cpu().numpy()
+        empty = np.flatnonzero(members == 0)
         if not len(empty):
             return
-        distance = self.distances()
+        distance = self.distances() * (self.w > 0)
         for cluster in empty:
-            distance[self.sizes[self.own] < 2] = 0  # would leave another cluster empty
-            farthest = distance.argmax()
+            single = torch.from_numpy(members < 2).to(self.own.device)
+            distance[single[self.own]] = 0  # would leave another cluster empty
+            farthest = distance.argmax()[None]
             if distance[farthest] <= 0:
-                return
-            self.move(farthest[None], cluster[None])
-            self.centres[cluster] = self.x[farthest].double()
+                break
+            members[int(self.own[farthest])] -= 1
+            members[cluster] += 1
+            point, to = self.points.take(farthest), torch.full_like(farthest, int(cluster))
+            self.move(farthest, point, to)
+            if self.due[farthest] < float("inf"):
+                self.due[farthest] = -float("inf")
+            self.centres = self.centres.copy()
+            self.centres[cluster] = point[0].double().cpu().numpy()
             distance[farthest] = 0
+        self.counts = self.count()
 
     def distances(self) -> Tensor:
         """Distance (N,) of each point from its own centre, squared or plain."""
-        parts = []
-        for points, clusters in zip(
-            self.x.split(self.chunk), self.own.split(self.chunk), strict=True
-        ):
-            gap = points.double() - self.centres[clusters]
-            parts.append(gap.norm(dim=1) if self.plain else gap.square().sum(1))
+        parts, centres = [], torch.from_numpy(self.centres).to(self.own.device)
+        for rows, points in self.points.parts(self.chunk):
+            square = (points.double() - centres[self.own[rows]]).square().sum(1)
+            parts.append(square.sqrt() if self.plain else square)
         return torch.cat(parts)
 
     def dispersion(self) -> float:
-        """The first term of equation 1."""
+        """The first term of equation 1, divided by W."""
         if self.plain:
-            return float(self.distances().mean())
-        cross = (self.centres * self.sums).sum()
-        own = (self.centres.square().sum(1) * self.sizes).sum()
-        return max(0.0, (self.square_sum - 2 * float(cross) + float(own)) / len(self.x))
+            return float((self.distances() * self.w).sum()) / self.weight / self.unit
+        cross, own = (self.centres * self.sums).sum(), (self.centres**2).sum(1) @ self.sizes
+        return float(max(0.0, self.square_sum - 2 * cross + own) / self.weight / self.unit)
 
     def impurity(self) -> float:
-        """The second term of equation 1 without alpha, between 0 and 1; 0 without labels."""
-        return float(weighted_gini(self.counts.cpu().numpy()).sum()) / max(1, len(self.labelled))
+        """The mean Gini of the labelled points' clusters, between 0 and 1; 0 without labels."""
+        return float(weighted_gini(self.counts).sum() / max(self.w_labelled.sum(), 1e-300))
 
     def objective(self) -> float:
-        return self.dispersion() + self.alpha * self.impurity()
+        penalty = self.alpha * weighted_gini(self.counts).sum() / self.weight
+        return float(self.constant + self.dispersion() + penalty)
 
     def iterate(self) -> dict:
         """Steps 2, 3 and 4 once; the objective before and after each, and what has moved."""
         row = {"before": self.objective()}
         row["assigned"] = self.assign()
-        row["after_assign"] = self.objective()
+        row["after_assign"] = self.objective() if row["assigned"] else row["before"]
         row["labelled_moved"] = self.move_labelled()
-        row["after_move"] = self.objective()
+        row["after_move"] = self.objective() if row["labelled_moved"] else row["after_assign"]
         self.update_centres()
         row["after_centres"] = self.objective()
-        impurity = self.impurity()
-        dispersion = row["after_centres"] - self.alpha * impurity
-        return row | {"dispersion": dispersion, "impurity": impurity}
+        return row | {"dispersion": self.dispersion(), "impurity": self.impurity()}
+
+    def run(self, max_iter: int, tol: float) -> list[dict]:
+        """Steps 2 to 4 until the objective stops falling; a row per iteration."""
+        history = []
+        while len(history) < max_iter:
+            history.append(self.iterate())
+            before, after = history[-1]["before"], history[-1]["after_centres"]
+            if before - after <= tol * abs(before - self.constant):
+                break
+        self.assign()  # so that labels_ of unlabelled points are the nearest centres, as later
+        return history
 
 
-class ClusterThenLabel(BaseEstimator):
-    """Semi-supervised k-means with scikit-learn's conventions; -1 in y is an unlabelled point.
+class Data(NamedTuple):
+    """What is clustered: rows (N, D), codes of classes (N,) or -1, weights (N,)."""
 
-    `init` is "labelled" (means of the classes, further centres by k-means++), "k-means++" or the
-    centres (K, D) themselves. Of n_init starts that with the lowest objective is kept. `chunk` is
-    the number of points that are worked on at a time.
+    x: Tensor
+    y: Tensor
+    w: Tensor
+
+    def at(self, index: Tensor, w: Tensor) -> "Data":
+        return Data(self.x[index], self.y[index], w)
+
+
+class Fit(NamedTuple):
+    """A descent that has ended: its points' coordinates are (x - shift) @ whiten."""
+
+    descent: Descent
+    history: list[dict]
+    whiten: np.ndarray | None
+
+
+# --- the estimator ----------------------------------------------------------------------------
+
+
+class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
+    """Semi-supervised k-means with scikit-learn's conventions; -1 or NaN in y is unlabelled.
+
+    Takes numpy arrays, tables of pandas and tensors, and returns tensors for tensors.
+
+    n_clusters     None: one per class, 8 if nothing is labelled
+    alpha          weight of impurity: 0 is k-means, from about 10 on labels are hardly ever mixed
+    metric         "euclidean", or "pooled": Mahalanobis under the clusters' pooled covariance
+    distance       "squared" (centre: mean) or "plain" (centre: geometric median)
+    init           "labelled" (means of the classes, further centres by k-means++), "k-means++", or
+                   the centres (K, D) themselves
+    n_init         starts, of which the lowest objective is kept
+    max_iter, tol  an iteration that lowers J by at most the share tol of it is the last
+    shrinkage      share of the features' variances that is added to the pooled covariance
+    sample         of more rows than this the starts are tried on a sample; None: never
     """
 
     def __init__(
         self,
-        clusters: int,
+        n_clusters: int | None = None,
         alpha: float = 1.0,
         *,
+        metric: Literal["euclidean", "pooled"] = "euclidean",
         distance: Literal["squared", "plain"] = "squared",
-        init: str | Tensor = "labelled",
+        init: str | np.ndarray | Tensor = "labelled",
         n_init: int = 10,
         max_iter: int = 300,
         tol: float = 0.0,
-        random_state: int = 0,
-        chunk: int | None = None,
+        shrinkage: float = 1e-2,
+        sample: int | None = SAMPLE,
+        random_state: int | np.random.RandomState | None = None,
     ):
-        self.clusters, self.alpha, self.distance, self.init = clusters, alpha, distance, init
-        self.n_init, self.max_iter, self.tol = n_init, max_iter, tol
-        self.random_state, self.chunk = random_state, chunk
+        self.n_clusters, self.alpha, self.metric, self.distance = (
+            n_clusters,
+            alpha,
+            metric,
+            distance,
+        )
+        self.init, self.n_init, self.max_iter, self.tol = init, n_init, max_iter, tol
+        self.shrinkage, self.sample, self.random_state = shrinkage, sample, random_state
 
-    def fit(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray | None = None):
+    def fit(self, x, y=None, sample_weight=None):
         """Cluster x (N, D), of which y (N,) labels some. Raises ValueError in one line."""
-        x, y = self.check(x, y)
-        known = y >= 0
-        self.classes_, codes = torch.unique(y[known], return_inverse=True)
-        y = torch.full_like(y, -1)
-        y[known] = codes
-        self.mean_ = x.double().mean(0)  # small numbers: no cancellation in |c|^2 - 2 x.c
-        x = (x - self.mean_).to(x.dtype)
-        generator = torch.Generator().manual_seed(self.random_state)
-        best, self.n_iter_total_ = None, 0
-        for _ in range(1 if self.one_start() else self.n_init):
-            descent, history = self.descend(x, y, self.start(x, y, generator))
-            objective = descent.objective()
-            self.n_iter_total_ += len(history)
-            if best is None or objective < best[0]:
-                best = objective, descent, history
-        self.objective_, descent, self.history_ = best
-        self.n_iter_ = len(self.history_)  # of the best start; n_iter_total_: of all
-        self.labels_, self.impurity_ = descent.own, descent.impurity()
-        self.cluster_centers_ = (descent.centres + self.mean_).to(x.dtype)
-        self.label_clusters(descent)
+        rows = self.check_rows(x, reset=True)
+        y = self.check_labels(y, rows)
+        w = torch.ones(1).expand(len(rows))
+        if sample_weight is not None:
+            w = torch.from_numpy(_check_sample_weight(as_array(sample_weight), as_array(x)))
+            if not (w.min() >= 0 and w.sum() > 0):
+                raise ValueError("sample_weight: expected numbers of at least 0, not all of them 0")
+        data = Data(rows, y, w.to(rows.device))
+        self.clusters_ = self.count_clusters(data)
+        self.check_settings(len(rows))
+        self.shift_ = mean_of(data)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        best = self.best_start(data, torch.Generator().manual_seed(seed))
+        self.keep(best, x)
         return self
 
-    def check(self, x, y) -> tuple[Tensor, Tensor]:
-        x = torch.as_tensor(x)
-        x = x if x.dtype in (torch.float32, torch.float64) else x.double()
-        if x.dim() != 2 or not x.numel():
-            raise ValueError(f"x: expected (N, D) with N, D > 0, found {tuple(x.shape)}")
-        if not x.isfinite().all():
-            raise ValueError("x: expected finite numbers, found nan or inf")
-        y = torch.full((len(x),), -1) if y is None else torch.as_tensor(y)
-        y = y.to(x.device)
-        if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1:
-            raise ValueError("y: expected a whole number per row of x, -1 for unlabelled")
-        if not 1 <= self.clusters <= len(x):
-            raise ValueError(f"clusters: expected 1 to {len(x)} (points), found {self.clusters}")
-        if not (self.alpha >= 0 and self.n_init > 0 and self.max_iter > 0 and self.tol >= 0):
-            raise ValueError("expected alpha, tol of at least 0 and n_init, max_iter of at least 1")
-        if self.distance not in ("squared", "plain"):
-            raise ValueError(f"distance: expected squared or plain, found {self.distance!r}")
-        return x, y.long()
+    # what is fitted
 
-    def chunk_of(self, x: Tensor) -> int:
-        """Points at a time: what fits a processor's cache, or fills a GPU."""
-        return self.chunk or (16384 if x.device.type == "cpu" else 2**20)
+    def best_start(self, data: Data, generator: torch.Generator) -> Fit:
+        """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
+        tried = self.draw_sample(data, generator)
+        unit = self.unit_of(data)
+        fits, total = [], 0
+        for _ in range(1 if self.one_start() else self.n_init):
+            fits.append(self.descend(tried, None, unit, generator))
+            total += len(fits[-1].history)
+        best = min(fits, key=lambda fit: fit.descent.objective())
+        if tried is not data:
+            best = self.descend(data, best, unit, generator)
+            total += len(best.history)
+        self.n_iter_total_ = total
+        return best
+
+    def draw_sample(self, data: Data, generator: torch.Generator) -> Data:
+        """A random share of the unlabelled rows, weighted to stand for all, and labelled ones."""
+        if self.sample is None or len(data.x) <= self.sample:
+            return data
+        parts, weights = [], []
+        for rows in ((data.y >= 0).nonzero()[:, 0], (data.y < 0).nonzero()[:, 0]):
+            count = min(len(rows), max(self.sample // 2, len(data.x) // 10))
+            chosen = torch.randperm(len(rows), generator=generator)[:count]
+            parts.append(rows[chosen.to(rows.device)])
+            weights.append(data.w[parts[-1]] * (len(rows) / max(count, 1)))
+        index, order = torch.cat(parts).sort()
+        return data.at(index, torch.cat(weights)[order])
+
+    def unit_of(self, data: Data) -> float:
+        """s of equation 1."""
+        if self.metric == "pooled":
+            return float(data.x.shape[1])
+        points, total = Points(data.x, self.shift_), 0.0
+        for rows, part in points.parts(chunk_of(data.x, 16)):
+            square = part.square().sum(1)
+            each = square.sqrt() if self.distance == "plain" else square
+            total += float((each * data.w[rows]).sum(dtype=torch.float64))
+        return total / float(data.w.sum(dtype=torch.float64)) or 1.0
+
+    def descend(self, data: Data, start: Fit | None, unit: float, generator) -> Fit:
+        """From `start`, or from a start of its own, until the objective stops falling."""
+        options = {"alpha": self.alpha, "unit": unit, "plain": self.distance == "plain"}
+        if self.metric == "euclidean":
+            points = Points(data.x, self.shift_)
+            centres = self.start(points, data, generator) if start is None else start_of(start)
+            descent = Descent(points, data.y, data.w, centres, **options)
+            return Fit(descent, descent.run(self.max_iter, self.tol), None)
+        return self.descend_pooled(data, start, options, generator)
+
+    def descend_pooled(self, data: Data, start: Fit | None, options: dict, generator) -> Fit:
+        """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
+
+        With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
+        minimum of tr(S^-1 (W + shrinkage V)) + log det S, so that neither step raises J.
+        """
+        total, prior = self.scatter(data)
+        if start is None:
+            covariance = self.labelled_covariance(data, total) + prior
+            centres = own = None
+        else:
+            covariance = np.linalg.inv(start.whiten @ start.whiten.T)
+            centres, own = start_of(start).numpy() @ np.linalg.inv(start.whiten), None
+        history, previous = [], np.inf
+        for _ in range(ROUNDS):
+            whiten, constant = whitening(covariance, prior)
+            points = Points(data.x, self.shift_, torch.from_numpy(whiten))
+            if centres is None:
+                at = self.start(points, data, generator)
+            else:
+                at = torch.from_numpy(centres @ whiten)
+            descent = Descent(points, data.y, data.w, at, own=own, constant=constant, **options)
+            history += descent.run(self.max_iter, self.tol)
+            objective, own = descent.objective(), descent.own
+            if not previous - objective > max(self.tol, 1e-9) or len(history) >= self.max_iter:
+                break
+            previous, centres = objective, descent.centres @ np.linalg.inv(whiten)
+            covariance = total - (centres.T * descent.sizes) @ centres / descent.weight + prior
+        return Fit(descent, history, whiten)
+
+    def scatter(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
+        """Covariance of all points (D, D), and the diagonal matrix that is added to S."""
+        total = np.zeros((data.x.shape[1],) * 2)
+        for rows, part in Points(data.x, self.shift_).parts(chunk_of(data.x, 16)):
+            total += (part.T @ (part * data.w[rows, None].to(part))).double().cpu().numpy()
+        total /= float(data.w.sum(dtype=torch.float64))
+        variances = np.diag(total)
+        prior = self.shrinkage * np.where(variances > 0, variances, 1)
+        return total, np.diag(prior)
+
+    def labelled_covariance(self, data: Data, total: np.ndarray) -> np.ndarray:
+        """Within the labelled classes, shrunk towards `total` (D, D) as if by D points."""
+        scatter, weight = len(total) * total, len(total)
+        for label in range(len(self.classes_)):
+            index = (data.y == label).nonzero()[:, 0]
+            x, w = data.x[index].double().cpu().numpy(), data.w[index].double().cpu().numpy()
+            if w.sum() > 0:
+                gap = x - np.average(x, axis=0, weights=w)
+                scatter, weight = scatter + (gap.T * w) @ gap, weight + w.sum()
+        return scatter / weight
 
     def one_start(self) -> bool:
         """Whether all starts would be the same."""
         if isinstance(self.init, str):
-            return self.init == "labelled" and self.clusters <= len(self.classes_)
+            return self.init == "labelled" and self.clusters_ <= len(self.classes_)
         return True
 
-    def start(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, points: Points, data: Data, generator: torch.Generator) -> Tensor:
         """Centres (K, D); of more classes than clusters, those with most labels have one."""
         if not isinstance(self.init, str):
-            centres = torch.as_tensor(self.init).to(x.device)
-            if centres.shape != (self.clusters, x.shape[1]):
-                raise ValueError(f"init: expected ({self.clusters}, {x.shape[1]}) centres")
-            return (centres - self.mean_).to(x.dtype)
-        centres = x[:0]
-        if self.init == "labelled" and len(self.classes_):
-            sizes = torch.bincount(y[y >= 0])
-            classes = sizes.argsort(descending=True, stable=True)[: self.clusters]
-            centres = torch.stack([x[y == label].mean(0) for label in classes])
-        elif self.init not in ("labelled", "k-means++"):
-            raise ValueError(f"init: expected labelled, k-means++ or centres, found {self.init!r}")
-        return extend_start(x, centres, self.clusters, generator)
+            return points.seen(torch.as_tensor(self.init).to(points.x))
+        centres = points.part(slice(0, 0))
+        if self.init == "labelled":
+            sizes = [float(data.w[data.y == label].sum()) for label in range(len(self.classes_))]
+            for label in np.argsort(-np.array(sizes), kind="stable")[: self.clusters_]:
+                index = (data.y == int(label)).nonzero()[:, 0]
+                w = data.w[index].to(centres)
+                mean = (points.take(index) * w[:, None]).sum(0) / w.sum()
+                centres = torch.cat((centres, mean[None]))
+        return extend_start(points, data.w, centres, self.clusters_, generator)
 
-    def descend(self, x: Tensor, y: Tensor, centres: Tensor) -> tuple[Descent, list[dict]]:
-        """Steps 2 to 4 until the objective stops falling; a row per iteration."""
-        options = {"alpha": self.alpha, "distance": self.distance, "chunk": self.chunk_of(x)}
-        descent, history = Descent(x, y, centres, **options), []
-        while len(history) < self.max_iter:
-            history.append(descent.iterate())
-            before, after = history[-1]["before"], history[-1]["after_centres"]
-            if before - after <= self.tol * before:
-                break
-        descent.assign()  # so that labels_ of unlabelled points are the nearest centres, as later
-        return descent, history
+    # what is taken and kept
 
-    def label_clusters(self, descent: Descent) -> None:
+    def check_rows(self, x, reset: bool) -> Tensor:
+        """x as a tensor (N, D) of float32 or float64, without a copy where it is one already."""
+        array = validate_data(self, as_array(x), dtype=[np.float64, np.float32], reset=reset)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize > 2:
+            return x.detach()
+        with warnings.catch_warnings():  # a table that may not be written to is only read
+            warnings.simplefilter("ignore", UserWarning)
+            rows = torch.from_numpy(array)
+        return rows.to(x.device) if isinstance(x, Tensor) else rows
+
+    def check_labels(self, y, rows: Tensor) -> Tensor:
+        """Codes (N,) of the classes, of which `classes_` is made; -1 where unlabelled."""
+        codes = np.full(len(rows), -1)
+        if y is None:
+            self.classes_ = np.empty(0, dtype=int)
+            return torch.from_numpy(codes).to(rows.device)
+        y = column_or_1d(as_array(y), warn=True)
+        check_consistent_length(rows, y)
+        if y.dtype.kind == "f" and np.isinf(y).any():
+            raise ValueError("y: expected classes, -1 or NaN, found infinity (inf)")
+        known = ~is_unlabelled(y)
+        named = y[known]
+        if y.dtype.kind == "f" and (named == np.round(named)).all():
+            named = named.astype(int)  # NaN has made numbers of classes floating-point
+        with warnings.catch_warnings():  # few labels, many classes: the rule here
+            warnings.simplefilter("ignore", UserWarning)
+            check_classification_targets(named)
+        if y.dtype == object and len({type(value) for value in named} - {str}) == 0:
+            named = named.astype(str)
+        self.classes_, codes[known] = np.unique(named, return_inverse=True)
+        return torch.from_numpy(codes).to(rows.device)
+
+    def count_clusters(self, data: Data) -> int:
+        if self.n_clusters is not None:
+            return self.n_clusters
+        return len(self.classes_) or min(8, len(data.x))
+
+    def check_settings(self, count: int) -> None:
+        if not 1 <= self.clusters_ <= count:
+            raise ValueError(f"n_clusters: expected 1 to {count} (n_samples), not {self.clusters_}")
+        if not (self.alpha >= 0 and self.n_init > 0 and self.max_iter > 0 and self.tol >= 0):
+            raise ValueError("expected alpha, tol of at least 0 and n_init, max_iter of at least 1")
+        for name, choices in (
+            ("metric", ("euclidean", "pooled")),
+            ("distance", ("squared", "plain")),
+            ("init", ("labelled", "k-means++")),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in choices:
+                raise ValueError(f"{name}: expected {' or '.join(choices)}, found {value!r}")
+        if self.metric == "pooled" and self.distance == "plain":
+            raise ValueError("distance: with metric pooled only squared is possible")
+        shape = (self.clusters_, self.n_features_in_)
+        if not isinstance(self.init, str) and tuple(np.shape(as_array(self.init))) != shape:
+            raise ValueError(f"init: expected {shape} centres")
+
+    def keep(self, fit: Fit, x) -> None:
+        descent, like = fit.descent, x if isinstance(x, Tensor) else None
+        self.objective_, self.impurity_ = descent.objective(), descent.impurity()
+        self.history_, self.n_iter_ = fit.history, len(fit.history)  # of the best start
+        self.whiten_ = None if fit.whiten is None else torch.from_numpy(fit.whiten)
+        self.shift_ = self.shift_.cpu()
+        self.centres_ = torch.from_numpy(descent.centres)  # in the clusters' coordinates
+        centres = descent.centres
+        centres = centres if fit.whiten is None else centres @ np.linalg.inv(fit.whiten)
+        centres = (centres + self.shift_.cpu().numpy()).astype(descent.points.x.numpy().dtype)
+        self.cluster_centers_ = give(centres, like)
+        self.labels_ = give(descent.own.cpu().numpy(), like)
+        self.label_clusters(descent.counts, descent.centres)
+
+    def label_clusters(self, counts: np.ndarray, centres: np.ndarray) -> None:
         """Class shares (K, C) of the clusters among their labelled points.
 
         A cluster without any takes those of the nearest cluster that has some.
         """
-        counts, centres = descent.counts, descent.centres
         has = counts.sum(1) > 0
         if has.any():
-            source = has.nonzero()[:, 0][torch.cdist(centres, centres[has]).argmin(1)]
-            source = torch.where(has, torch.arange(len(has), device=has.device), source)
+            gaps = np.linalg.norm(centres[:, None] - centres[None, has], axis=2)
+            source = np.where(has, np.arange(len(has)), np.flatnonzero(has)[gaps.argmin(1)])
             counts = counts[source]
-        self.cluster_probs_ = counts / counts.sum(1, keepdim=True)
+        self.cluster_probs_ = counts / np.where(has.any(), counts.sum(1, keepdims=True), 1)
 
-    def cluster(self, x: Tensor | np.ndarray) -> Tensor:
+    def relabel(self, y) -> "ClusterThenLabel":
+        """A copy with the same clusters, whose classes are those of y (N,) for the rows of fit."""
+        other = copy.copy(self)
+        codes = other.check_labels(y, self.labels_).cpu().numpy()
+        known, own = codes >= 0, as_array(self.labels_)
+        shape = (self.clusters_, max(1, len(other.classes_)))
+        counts = count_labels(own[known], codes[known], np.ones(known.sum()), shape)
+        other.impurity_ = float(weighted_gini(counts).sum() / max(1, known.sum()))
+        other.label_clusters(counts, self.centres_.numpy())
+        return other
+
+    def state(self) -> dict:
+        """What predicting needs, as torch.save and weights_only take it; see from_state."""
+        return {
+            "shift": self.shift_,
+            "whiten": self.whiten_,
+            "centres": self.centres_,
+            "probs": torch.from_numpy(self.cluster_probs_),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict, classes: list) -> "ClusterThenLabel":
+        """An estimator that predicts as the one that gave `state`; its classes get these names."""
+        model = cls(len(state["centres"]))
+        model.shift_, model.whiten_ = state["shift"], state["whiten"]
+        model.centres_, model.cluster_probs_ = state["centres"], state["probs"].numpy()
+        model.clusters_, model.n_features_in_ = state["centres"].shape[0], len(state["shift"])
+        model.classes_ = np.array(classes)
+        return model
+
+    # what is predicted
+
+    def nearest(self, x) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest cluster (N,) and distance from its centre (N,), in the clusters' coordinates."""
+        check_is_fitted(self)
+        rows = self.check_rows(x, reset=False)
+        points, chunk = Points(rows, self.shift_, self.whiten_), chunk_of(rows, self.clusters_)
+        clusters, distances = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+        for part, inputs in points.parts(chunk):
+            near, distance, _ = nearest_two(inputs, self.centres_)
+            clusters[part], distances[part] = near.cpu().numpy(), distance.cpu().numpy()
+        return clusters, distances
+
+    def cluster(self, x):
         """The cluster (N,) with the nearest centre."""
-        x = torch.as_tensor(x).to(self.cluster_centers_)
-        x = (x - self.mean_).to(x.dtype)
-        return nearest(x, self.cluster_centers_ - self.mean_, self.chunk_of(x))
+        return give(self.nearest(x)[0], x)
 
-    def predict_proba(self, x: Tensor | np.ndarray) -> Tensor:
+    def predict_proba(self, x):
         """Shares (N, C) of the classes `classes_` among the labelled points of x's clusters."""
+        clusters, _ = self.nearest(x)
         if not len(self.classes_):
             raise ValueError("predict: no point was labelled, so that clusters have no classes")
-        return self.cluster_probs_[self.cluster(x)]
+        return give(self.cluster_probs_[clusters], x)
 
-    def predict(self, x: Tensor | np.ndarray) -> Tensor:
+    def predict(self, x):
         """The most frequent class (N,) in the cluster; of equally frequent ones the first."""
-        return self.classes_[self.predict_proba(x).argmax(1)]
+        clusters, _ = self.nearest(x)
+        if not len(self.classes_):
+            raise ValueError("predict: no point was labelled, so that clusters have no classes")
+        return give(self.classes_[self.cluster_probs_.argmax(1)][clusters], x)
+
+    def score(self, x, y, sample_weight=None) -> float:
+        """Accuracy of `predict` on the rows that y (N,) labels."""
+        known = ~is_unlabelled(column_or_1d(as_array(y), warn=True))
+        if not known.any():
+            raise ValueError("score: no row is labelled")
+        right = as_array(self.predict(x))[known] == as_array(y)[known]
+        weights = None if sample_weight is None else as_array(sample_weight)[known]
+        return float(np.average(right, weights=weights))
+
+
+def start_of(fit: Fit) -> Tensor:
+    return torch.from_numpy(fit.descent.centres)
+
+
+def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, float]:
+    """A (D, D) with A A' = S^-1, and what S adds to J: (log det S + tr(S^-1 prior)) / D."""
+    scale = np.sqrt(np.diag(covariance))  # features may have very different units
+    values, vectors = np.linalg.eigh(covariance / scale / scale[:, None])
+    values = values.clip(1e-12)
+    whiten = vectors / np.sqrt(values) / scale[:, None]
+    added = np.log(values).sum() + 2 * np.log(scale).sum() + (whiten.T @ prior @ whiten).trace()
+    return whiten, float(added / len(values))
+
+
+def mean_of(data: Data) -> Tensor:
+    """Weighted mean (D,) of the rows; small numbers: no cancellation in |c|^2 - 2 x.c."""
+    total = torch.zeros(data.x.shape[1], dtype=torch.float64, device=data.x.device)
+    chunk = chunk_of(data.x, 16)
+    for x, w in zip(data.x.split(chunk), data.w.split(chunk), strict=True):
+        total += x.double().T @ w.double()
+    return (total / data.w.sum(dtype=torch.float64)).to(data.x.dtype).double()
+
+
+def as_array(x):
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def give(array: np.ndarray, like):
+    """A tensor on the device of `like`, if that is a tensor, else the array."""
+    if not isinstance(like, Tensor) or array.dtype.kind not in "biuf":
+        return array
+    if array.dtype == np.int32:
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+
+
+def is_unlabelled(y: np.ndarray) -> np.ndarray:
+    """Where y (N,) is -1, NaN or None."""
+    if y.dtype.kind == "f":
+        return np.isnan(y) | (y == -1)
+    if y.dtype.kind in "iu":
+        return y == -1
+    if y.dtype.kind != "O":
+        return np.zeros(len(y), dtype=bool)
+    unknown = getattr(sys.modules.get("pandas"), "NA", None)
+    return np.array([v is None or v is unknown or v != v or v == -1 for v in y], dtype=bool)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,85 +16,108 @@ plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fonts
 BASELINE, METHOD = "tab:gray", "tab:green"
 CLASSES = ("tab:blue", "tab:orange", "tab:purple", "tab:cyan", "tab:red", "tab:olive")
 CLASSES += ("tab:pink", "tab:brown", "gold", "navy")
-METHODS = {
-    "ours": ("ours, one cluster per class", METHOD, "-", "o"),
-    "chosen": ("ours, number of clusters chosen", METHOD, "--", "s"),
-    "kmeans": ("k-means, majority class", BASELINE, "-", "o"),
+METHODS = {  # by name, without the number of clusters
+    "ours": ("ours", METHOD, "-", "o"),
+    "chosen": ("ours, clusters and alpha chosen", METHOD, "--", "s"),
+    "seeded": ("started from the labels only", "tab:olive", "-", "D"),
+    "kmeans": ("k-means, no labels", BASELINE, "-", "o"),
+    "mixture": ("Gaussian mixture from the labels", "tab:brown", "-.", "v"),
+    "spreading": ("label spreading", "tab:cyan", "-.", "<"),
     "logistic": ("labelled only: logistic regression", "black", ":", "^"),
-    "nearest_mean": ("labelled only: nearest class mean", "black", "-.", "v"),
 }
 SHOWN = 3000  # points drawn at most
 
 
-def plot_clusters(part, model, classes: tuple[str, ...], title: str, run: Path) -> None:
-    """Training rows in the plane of their first two principal components.
+def plot_clusters(part, models: dict, classes: tuple[str, ...], title: str, path: Path) -> None:
+    """Training rows of one split, as each of `models` (by name) sees them, in one plane.
 
-    Background: the class of the cluster whose centre is nearest, for the points of that plane.
+    The plane is that of the last model's centres; where three or fewer centres span it, its
+    background shows the class of the cluster whose centre is nearest.
     """
-    x = part.x.cpu().double()
-    mean = x.mean(0)
-    _, strength, axes3 = torch.linalg.svd(x - mean, full_matrices=False)
-    plane = axes3[:2] if len(axes3) > 1 else torch.cat((axes3, torch.zeros_like(axes3)))
-    spread = strength.square() / strength.square().sum().clamp(min=1e-12)
-    flat = ((x - mean) @ plane.T).numpy()
-    predicted, known = model.predict(part.x).cpu(), part.y >= 0
+    *_, last = models.values()
+    z, flat = project(last, part.x)
     colors = [CLASSES[number % len(CLASSES)] for number in range(len(classes))]
-
-    figure, axes = plt.subplots(figsize=(8, 5.6), layout="constrained")
-    draw_regions(axes, flat, plane, mean, model, colors)
     some = np.zeros(len(flat), dtype=bool)
     some[np.random.default_rng(0).permutation(len(flat))[:SHOWN]] = True
-    hidden, given = (part.given < 0).numpy() & some, (part.given >= 0).numpy()
-    wrong = hidden & (known & (predicted != part.y)).numpy()
-    paint = np.array(colors)
-    axes.scatter(*flat[hidden].T, s=14, c=paint[predicted[hidden]], alpha=0.45, linewidths=0)
-    rings = paint[part.y[wrong]]
-    axes.scatter(*flat[wrong].T, s=52, facecolors="none", edgecolors=rings, linewidths=1.6)
-    inks = paint[part.y[given]]
-    axes.scatter(*flat[given].T, s=60, c=inks, edgecolors="black", linewidths=1.2, zorder=3)
-    centres = ((model.cluster_centers_.cpu().double() - mean) @ plane.T).numpy()
-    axes.scatter(*centres.T, s=150, marker="X", c="white", edgecolors="black", zorder=4)
-    add_legend(axes, classes, colors)
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(4.6 * len(models) + 1, 5), layout="constrained", squeeze=False,
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    for axes, (name, model) in zip(panels[0], models.items(), strict=True):
+        predicted = model.predict(part.x).cpu()
+        share = paint_rows(axes, flat, part, predicted, some, colors)
+        axes.set_title(f"{name}: {share:.1%} of the unlabelled rows right" if share >= 0 else name)
+        axes.set_xlabel("first direction between the centres")
+    panels[0, 0].set_ylabel("second direction")
+    if len(last.centres_) <= 3:
+        paint_regions(panels[0, -1], z, last, colors)
+    add_legend(figure, classes, colors)
     figure.suptitle(title)
-    names = ("first", "second")
-    labels = [f"{n} principal component ({s:.0%})" for n, s in zip(names, spread, strict=False)]
-    axes.set(**dict(zip(("xlabel", "ylabel"), labels, strict=False)))
-    figure.savefig(run / "clusters.png", dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw_regions(axes, flat, plane, mean, model, colors: list[str]) -> None:
-    """Colour the plane by class and draw the borders between clusters."""
-    low, high = flat.min(0), flat.max(0)
-    margin = 0.06 * (high - low) + 1e-9
-    sides = [np.linspace(a, b, 400) for a, b in zip(low - margin, high + margin, strict=True)]
-    grid = np.stack([side.ravel() for side in np.meshgrid(*sides)], 1)
-    points = torch.from_numpy(grid) @ plane + mean
-    cluster = model.cluster(points).cpu().numpy().reshape(400, 400)
-    label = model.predict(points).cpu().numpy().reshape(400, 400)
+def project(model, x: torch.Tensor) -> tuple[tuple, np.ndarray]:
+    """The plane (origin (D,), directions (2, D)) of the centres in the clusters' coordinates, and
+    the rows x (N, D) in it, (N, 2).
+    """
+    points = x.cpu().double() - model.shift_
+    points = points if model.whiten_ is None else points @ model.whiten_
+    origin = model.centres_.mean(0)
+    _, strength, between = torch.linalg.svd(model.centres_ - origin, full_matrices=False)
+    between = between[: int((strength > 1e-9 * strength.max().clamp(min=1e-9)).sum())][:2]
+    rest = points - points.mean(0)
+    rest = rest - rest @ between.T @ between
+    _, _, along = torch.linalg.svd(rest, full_matrices=False)
+    directions = torch.cat((between, along, torch.zeros(2, x.shape[1]).double()))[:2]
+    return (origin, directions), ((points - origin) @ directions.T).numpy()
+
+
+def paint_rows(axes, flat, part, predicted, some, colors: list[str]) -> float:
+    """Rows in the colour of their predicted class; returns the share of unlabelled ones right."""
+    known = (part.y >= 0).numpy()
+    hidden, given = (part.given < 0).numpy(), (part.given >= 0).numpy()
+    wrong, paint = hidden & known & (predicted != part.y).numpy(), np.array(colors)
+    dots = hidden & some
+    axes.scatter(*flat[dots].T, s=14, c=paint[predicted[dots]], alpha=0.5, linewidths=0)
+    rings, ringed = paint[part.y[wrong & some]], flat[wrong & some]
+    axes.scatter(*ringed.T, s=52, facecolors="none", edgecolors=rings, linewidths=1.6)
+    inks = paint[part.y[given]]
+    axes.scatter(*flat[given].T, s=60, c=inks, edgecolors="black", linewidths=1.2, zorder=3)
+    count = int((hidden & known).sum())
+    return 1 - int(wrong.sum()) / count if count else -1.0
+
+
+def paint_regions(axes, plane: tuple, model, colors: list[str]) -> None:
+    """Colour the plane by class and mark the centres; limits stay as they are."""
+    origin, directions = plane
+    limits = axes.get_xlim(), axes.get_ylim()
+    sides = [np.linspace(*limit, 300) for limit in limits]
+    grid = torch.from_numpy(np.stack([side.ravel() for side in np.meshgrid(*sides)], 1))
+    near = torch.cdist(grid @ directions + origin, model.centres_).argmin(1).numpy()
+    label = model.classes_[model.cluster_probs_.argmax(1)][near].reshape(300, 300)
     options = {"vmin": -0.5, "vmax": len(colors) - 0.5, "cmap": ListedColormap(colors)}
     axes.pcolormesh(*sides, label, alpha=0.13, shading="nearest", rasterized=True, **options)
-    for number in range(model.clusters):
-        if 0 < (cluster == number).mean() < 1:
-            axes.contour(*sides, cluster == number, levels=[0.5], colors="gray", linewidths=0.7)
+    centres = ((model.centres_ - origin) @ directions.T).numpy()
+    axes.scatter(*centres.T, s=150, marker="X", c="white", edgecolors="black", zorder=4)
+    axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def add_legend(axes, classes: tuple[str, ...], colors: list[str]) -> None:
+def add_legend(figure, classes: tuple[str, ...], colors: list[str]) -> None:
     def dot(label: str, **look) -> Line2D:
         return Line2D([], [], linestyle="", marker=look.pop("marker", "o"), label=label, **look)
 
-    handles = [dot(name, color=color) for name, color in zip(classes, colors, strict=True)]
+    names = [name if len(name) <= 24 else f"{name[:23]}..." for name in classes]
+    names = [name.replace("$", r"\$") for name in names]
+    handles = [dot(name, color=color) for name, color in zip(names, colors, strict=True)][:10]
     handles += [
         dot("labelled", color="white", markeredgecolor="black", markersize=8),
-        dot("unlabelled, in its cluster's class", color="gray", alpha=0.5, markersize=4),
-        dot("wrong, ring: true class", color="none", markeredgecolor="black", markersize=7),
-        dot("centre", marker="X", color="white", markeredgecolor="black", markersize=9),
+        dot("wrong (ring: true class)", color="none", markeredgecolor="black", markersize=7),
     ]
-    columns = 1 + len(handles) // 2 if len(handles) < 9 else 5
-    axes.figure.legend(handles=handles, ncols=columns, loc="outside lower center")
+    figure.legend(handles=handles, ncols=min(6, len(handles)), loc="outside lower center")
 
 
-def plot_objective(history: list[dict], title: str, run: Path) -> None:
+def plot_objective(history: list[dict], title: str, path: Path) -> None:
     """The objective over the iterations; below, what each step took off it."""
     steps = {
         "step 2: unlabelled to the nearest centre": ("before", "after_assign", "tab:gray"),
@@ -111,6 +135,10 @@ def plot_objective(history: list[dict], title: str, run: Path) -> None:
         (0.17, "after_move", "after step 3", METHOD),
     ):
         top.plot(count + shift, [row[key] for row in history], "o", color=color, label=label)
+    anew = [n for n in count[1:] if history[n - 1]["before"] < history[n - 2]["after_centres"]]
+    for number, n in enumerate(anew):  # with the pooled metric, between two descents
+        label = "covariance estimated anew" if number == 0 else None
+        top.axvline(n - 0.5, color="tab:blue", linestyle=":", linewidth=1, label=label)
     top.set(ylabel="objective J")
     figure.suptitle(title)
     top.legend()
@@ -123,34 +151,36 @@ def plot_objective(history: list[dict], title: str, run: Path) -> None:
     bottom.set(xlabel="iteration of steps 2, 3, 4", ylabel="fall of J in the step")
     bottom.set_xticks(count if len(count) <= 20 else count[:: len(count) // 10])
     bottom.legend()
-    figure.savefig(run / "objective.png", dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_label_counts(by_labels: dict, title: str, run: Path) -> None:
-    """Accuracy on unlabelled rows by number of labels, standard deviation as a band."""
+def plot_label_counts(by_labels: dict, clusters: int, title: str, path: Path) -> None:
+    """Accuracy on unlabelled rows by number of labels, at equal numbers of clusters."""
     counts = [int(count) for count in by_labels]
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for method, (label, color, style, marker) in METHODS.items():
-        points = [scores[method]["accuracy"] for scores in by_labels.values()]
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    lows = []
+    for name, (label, color, style, marker) in METHODS.items():
+        arm = f"{name}{clusters}" if name in ("ours", "seeded", "kmeans") else name
+        points = [scores[arm]["accuracy"] for scores in by_labels.values()]
         means, sds = (np.array([point[key] for point in points]) for key in ("mean", "sd"))
         axes.plot(counts, means, style, marker=marker, color=color, label=label)
-        axes.fill_between(
-            counts, means - sds, np.minimum(means + sds, 1), color=color, alpha=0.1, linewidth=0
-        )
+        lows.append(means.min())
+        if name in ("ours", "kmeans"):
+            edges = means - sds, np.minimum(means + sds, 1)
+            axes.fill_between(counts, *edges, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    low = min(s[m]["accuracy"]["mean"] for s in by_labels.values() for m in METHODS)
-    axes.set_ylim(max(0, low - 0.08), 1.005)
+    axes.set_ylim(max(0, min(lows) - 0.04), 1.005)
     axes.set(xlabel="labelled rows", ylabel="accuracy on unlabelled training rows")
-    figure.suptitle(f"{title} (band: standard deviation)")
+    figure.suptitle(f"{title}, {clusters} clusters (band: standard deviation)")
     axes.legend(loc="lower right")
-    figure.savefig(run / "labels.png", dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_alpha(sweeps: dict, alpha: float, title: str, run: Path) -> None:
+def plot_alpha(sweeps: dict, alpha: float, title: str, path: Path) -> None:
     """Accuracy and impurity by alpha for each number of labels; the run's alpha is marked."""
     names = list(next(iter(sweeps.values())))
     figure, panels = plt.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
@@ -172,5 +202,5 @@ def plot_alpha(sweeps: dict, alpha: float, title: str, run: Path) -> None:
     panels[0].legend()
     panels[1].set_xticks(range(len(names)), names)
     panels[1].set_xlabel("alpha, weight of impurity (0: k-means from the labelled means)")
-    figure.savefig(run / "alpha.png", dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
