@@ -866,3 +866,247 @@ def test_tiles_find_in_a_large_photograph_what_is_small_in_it(tmp_path, monkeypa
     found, size = predict.find_litter(None, tmp_path / "a.png", 100, 4, device)
     assert size == (400, 400)
     assert found["boxes"].tolist() == [pytest.approx([300, 40, 316, 56], abs=1)]
+
+
+# --- the experiment ---------------------------------------------------------------------------
+
+
+def experiment(tmp_path: Path, monkeypatch, disturb: str = "") -> dict:
+    """Each kind of output of a one-epoch run in which one part of the data was disturbed."""
+    train_py = load_project(PROJECT).train
+    handed, evaluations = {}, {"val": [], "test": []}
+    load_data, evaluate = train_py.load_data, train_py.evaluate
+
+    def disturbed(config: object) -> data.Data:
+        found = load_data(config)
+        split, _, part = disturb.partition(" ")
+        if part == "pictures":
+            own = getattr(found, split)
+            found = found._replace(**{split: own._replace(x=[255 - x for x in own.x])})
+        if part == "boxes":  # those of one picture go
+            own = getattr(found, split)
+            y = [target([]) if place == 1 else one for place, one in enumerate(own.y)]
+            found = found._replace(**{split: own._replace(y=y)})
+        return found
+
+    def recorded(model: nn.Module, pictures: data.Pictures, *args: object, **options: object):
+        result = evaluate(model, pictures, *args, **options)
+        found = [{name: part.tolist() for name, part in one.items()} for one in result.predictions]
+        counts = [part.tolist() if isinstance(part, Tensor) else part for part in result.counts]
+        evaluations[pictures.names[0].split()[0]].append((found, counts))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py, "load_data", disturbed)
+        patch.setattr(train_py, "evaluate", recorded)
+        for name in ("plot_curves", "plot_precision_recall"):
+            patch.setattr(train_py, name, lambda *args, name=name: handed.update({name: args}))
+        folder = train(PROJECT, *TINY, "--epochs", 1, "--out_dir", tmp_path / disturb)
+    (row,) = read_rows(folder / "history.csv")
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    before, after = evaluations["test"]
+    return {
+        "training": {name: row[name] for name in ("train_loss", *LOSSES)},
+        "weights": {name: value.tolist() for name, value in saved["weights"].items()},
+        "validation": evaluations["val"],
+        "test": after,
+        "before": before,
+        "handed": handed,
+        "metrics": metrics,
+        "threshold": saved["threshold"],
+    }
+
+
+MOVES = {  # what may move; all else has to stay equal to the last bit
+    "train pictures": {"training", "weights", "validation", "test"},
+    "train boxes": {"training", "weights", "validation", "test", "before"},  # anchors fit them
+    "val pictures": {"validation"},
+    "val boxes": {"validation"},
+    "test pictures": {"test", "before"},
+    "test boxes": {"test", "before"},
+}
+OUTPUTS = ("training", "weights", "validation", "test", "before")
+
+
+def test_each_part_of_the_data_moves_what_it_may_and_nothing_else(tmp_path, monkeypatch):
+    whole = experiment(tmp_path, monkeypatch)
+    for disturb, may_move in MOVES.items():
+        other = experiment(tmp_path, monkeypatch, disturb)
+        assert {name for name in OUTPUTS if other[name] != whole[name]} == may_move, disturb
+    handed, metrics = whole["handed"], whole["metrics"]
+    (row,), *_ = handed["plot_curves"]
+    assert str(row["train_loss"]) == whole["training"]["train_loss"]
+    curves, point, *_ = handed["plot_precision_recall"]
+    assert [*curves] == ["before training: random weights", "after training"]
+    assert point == {"confidence": metrics["threshold"]} | metrics["test"]
+    assert whole["threshold"] == metrics["threshold"]
+
+
+def known_case() -> tuple[data.Data, dict[str, list[dict]]]:
+    """Data and predictions of which every number is known: see the test."""
+    box, far = [[10, 10, 40, 40]], [[50, 50, 90, 90]]
+    x = [torch.full((3, 96, 96), i, dtype=torch.uint8) for i in range(6)]
+
+    def pictures(name: str, y: list[dict]) -> data.Pictures:
+        empty = [torch.zeros(0, 4)] * len(y)
+        return data.Pictures([f"{name} {i}" for i in range(len(y))], x[: len(y)], y, empty, [])
+
+    val = pictures("val", [target(box), target(box), target(box), target([])])
+    test = pictures("test", [target(box)] * 4 + [target([])] * 2)
+    predictions = {
+        "val": [
+            prediction(box, [0.9]),
+            prediction(box, [0.8]),
+            prediction(box + far, [0.6, 0.3]),
+            prediction(far, [0.7]),
+        ],
+        "test": [
+            prediction(box, [0.95]),
+            prediction(box + far, [0.85, 0.82]),
+            prediction(box, [0.65]),  # below the working confidence of 0.8, above that of best F1
+            prediction(far, [0.9]),
+            prediction(far, [0.99]),
+            prediction([], []),
+        ],
+    }
+    return data.Data("made", ("litter",), test, val, test, ""), predictions
+
+
+def test_every_number_of_the_headline_is_the_known_one(monkeypatch):
+    modules = load_project(PROJECT)
+    made, predictions = known_case()
+    queue = []
+    monkeypatch.setattr(modules.train, "detect", lambda _, x: [queue.pop(0) for _ in x])
+    config = SimpleNamespace(batch_size=4, max_false_positives=0.0)
+    evaluated = {}
+    for split in ("val", "test"):
+        queue += copy.deepcopy(predictions[split])
+        evaluated[split] = modules.train.evaluate(small(), getattr(made, split), config)
+    metrics = modules.train.summarise(evaluated, made, config)
+    # the box on the clean validation picture has .7, so from .8 on nothing is wrong there
+    assert metrics["threshold"] == pytest.approx(0.8)
+    assert metrics["best_f1_threshold"] == pytest.approx(0.6)
+    headline = modules.train.headline(metrics)
+    assert headline["recall"] == 2 / 4
+    assert headline["precision"] == 2 / 5
+    assert headline["false_positives_per_clean_image"] == 1 / 2
+    assert metrics["test"]["best_f1_recall"] == 3 / 4
+    assert metrics["test"]["best_f1_precision"] == 3 / 6
+    assert headline["ap50"] == pytest.approx(brute_force_ap(predictions["test"], made.test.y, 0.5))
+
+
+def test_the_headline_is_what_the_saved_network_gives_on_the_test_pictures():
+    folder, *_ = tiny_run(PROJECT)
+    report = json.loads((folder / "metrics.json").read_text())
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    model = restore_detector(saved, load_project(PROJECT).train.use_bfloat16(
+        SimpleNamespace(precision="auto", device="cpu"))).eval()  # fmt: skip
+    pictures, y, _ = scenes.draw_split(2, size=96, count=5, classes=("litter",), seed=0)
+    found = [one for part in pictures.split(5) for one in detect(model, list(part.float() / 255))]
+    assert report["headline"]["ap50"] == pytest.approx(brute_force_ap(found, y, 0.5), abs=1e-6)
+    hits = [hit for score, hit in brute_force_hits(found, y, 0.5) if score >= saved["threshold"]]
+    boxes = sum(len(one["boxes"]) for one in y)
+    assert report["headline"]["recall"] == pytest.approx(sum(hits) / boxes)
+    assert report["headline"]["precision"] == pytest.approx(sum(hits) / max(1, len(hits)))
+
+
+def settings(**changes: object) -> SimpleNamespace:
+    values = {"batch_size": 2, "jitter": 1.2, "lr": 0.01, "weight_decay": 0.1, "warmup": 0.5}
+    values |= {"pretrained_lr": 0.02, "pretrained_weight_decay": 0.3}
+    return SimpleNamespace(**values | changes)
+
+
+def some_split() -> data.Pictures:
+    torch.manual_seed(3)
+    x = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(4)]
+    y = [target([[4 * i, 6, 30 + 4 * i, 40]]) for i in range(4)]
+    return data.Pictures(list("abcd"), x, y, [torch.zeros(0, 4)] * 4, [])
+
+
+def test_two_steps_are_those_of_adamw_by_hand_and_their_average():
+    train_py, pictures = load_project(PROJECT).train, some_split()
+    model, config = small(), settings()
+    mine = copy.deepcopy(model).train()
+    average = train_py.AveragedModel(model, multi_avg_fn=train_py.get_ema_multi_avg_fn(0.6))
+    optimizer, schedule = train_py.make_optimizer(model, False, config, steps=2)
+    torch.manual_seed(5)
+    row = train_py.train_one_epoch(model, average, pictures, optimizer, schedule, config, "")
+
+    torch.manual_seed(5)
+    drawn = data.training_batches(pictures, 2, 1.2, torch.device("cpu"))
+    names = [name for name, _ in mine.named_parameters()]
+    first, second = (dict.fromkeys(names, 0.0) for _ in range(2))
+    mean, total, seen = {}, 0.0, []
+    rates = [0.01 * 1 / 2, 0.01]  # half a warm-up of one step, then the top of the cosine
+    for step, ((x, y), rate) in enumerate(zip(drawn, rates, strict=True), start=1):
+        seen += [len(x)]
+        loss = sum(mine(x, y).values())
+        total += loss.item() * len(x)
+        mine.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, weight in mine.named_parameters():
+                grad = weight.grad
+                weight *= 1 - rate * 0.1  # decay apart from the gradient
+                first[name] = 0.9 * first[name] + 0.1 * grad
+                second[name] = 0.999 * second[name] + 0.001 * grad**2
+                size = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+                weight -= rate * first[name] / (1 - 0.9**step) / size
+                old = mean.get(name)
+                mean[name] = weight.clone() if old is None else 0.6 * old + 0.4 * weight
+    assert seen == [2, 2]
+    assert row["train_loss"] == pytest.approx(total / 4, rel=1e-4)
+    averaged, own = (dict(part.named_parameters()) for part in (average.module, mine))
+    for name, weight in model.named_parameters():
+        for one, other in ((weight, own[name]), (averaged[name], mean[name])):
+            off = (one - other).abs() > 2e-5  # Adam makes a whole step of a gradient near 0
+            assert off.double().mean() < 2e-3, name
+
+
+def test_pretrained_weights_learn_by_sgd_with_momentum_at_their_own_rate():
+    train_py = load_project(PROJECT).train
+    optimizer, schedule = train_py.make_optimizer(small(), True, settings(warmup=0.0), steps=10)
+    assert isinstance(optimizer, torch.optim.SGD)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.9, 0.3)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
+
+
+def test_an_epoch_holds_every_picture_once_in_an_order_that_changes(monkeypatch):
+    pictures, orders = some_split(), []
+    monkeypatch.setattr(data, "augment", lambda x, y, jitter: (x.float() / 255, y))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        drawn = data.training_batches(pictures, 3, 1.0, torch.device("cpu"))
+        left = [one["boxes"][0, 0].item() for _, y in drawn for one in y]
+        assert sorted(left) == [0, 4, 8, 12]
+        orders.append(left)
+    assert orders[0] != orders[1]
+
+
+def test_the_best_epoch_of_the_average_is_what_is_tested(tmp_path, monkeypatch):
+    modules = load_project(PROJECT)
+    aps, kept = iter([0.2, 0.5, 0.1]), []
+    evaluate = modules.train.evaluate
+
+    def first_validations(model: nn.Module, pictures: data.Pictures, config: object, **o: object):
+        result = evaluate(model, pictures, config, **o)
+        value = next(aps, None) if pictures.names[0].startswith("val") else None
+        kept.append({name: part.clone() for name, part in model.state_dict().items()})
+        if value is None:
+            return result
+        return result._replace(metrics=result.metrics | {"ap": value})
+
+    monkeypatch.setattr(modules.train, "evaluate", first_validations)
+    flags = [*TINY, "--epochs", 3, "--compare", "false", "--out_dir", tmp_path]
+    train(PROJECT, *flags)
+    *validated, val, test = kept
+    for name, part in test.items():
+        assert torch.equal(part, validated[1][name]) and torch.equal(part, val[name])
+    assert any(not torch.equal(part, validated[2][name]) for name, part in test.items())
