@@ -1,7 +1,7 @@
 """Photographs of the forest floor with boxes around litter, split so that no scene is on two sides.
 
-folder   one's own photographs with CVAT-for-images XML or COCO json
 scenes   forest floors that scenes.py draws, needs no download
+folder   your own photographs with CVAT-for-images XML or COCO json
 """
 
 import hashlib
@@ -9,11 +9,14 @@ import json
 import math
 import os
 import re
-import threading
+import sys
+import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 from xml.etree import ElementTree
 
@@ -27,13 +30,206 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
 SHARES = (0.7, 0.15, 0.15)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 ALIKE = 5  # of the 64 bits of two pictures' hashes may differ if they show one scene
 SMALLEST = 2.0  # pixels, as the network sees them; what is left of a thinner box is dropped
+LONGEST = 1333 / 800  # longer side over image_size at most, as torchvision has it
+TURNED_BACK = {  # by EXIF orientation: what undoes exif_transpose
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+# --- reading files: the same in every project that has it --------------------------------------
+
+
+TIMEOUT = 20  # seconds without a byte that end a download
 
 
 class DataError(Exception):
     """Why the data cannot be used, in one line for the person who started the run."""
+
+
+def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
+    """`path`, fetched from `url` if it is not there yet; a broken transfer leaves nothing behind.
+
+    `checksum` is "md5:..." or "sha256:...", of which a beginning is enough. The usual proxy
+    variables count. Raises DataError that says what was tried.
+    """
+    if path.is_file():
+        check_sum(path, checksum)
+        return path
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
+        with urlopen(request, timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            about = f"{what} ({size / 1e6:.1f} MB)" if size else what
+            tqdm.write(f"downloading {about} from {url} to {path}", file=sys.stderr)
+            copy_stream(answer, beside, size)
+        check_sum(beside, checksum)
+        beside.replace(path)
+    except (OSError, HTTPException, ValueError, DataError) as error:
+        reason = f"{what} is not in {path.parent} and could not be downloaded from {url}"
+        raise DataError(f"{reason}: {error or type(error).__name__}; by hand: {path}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def copy_stream(answer: Any, path: Path, size: int) -> None:
+    """To a file, with a progress bar. Raises OSError unless `size` bytes came (0: not known), or if
+    over a minute fewer than 1,000 bytes a second did.
+    """
+    bar = tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None)
+    with path.open("wb") as file, bar:
+        began, done = time.monotonic(), 0
+        while block := answer.read1(1 << 20):
+            file.write(block)
+            done += len(block)
+            bar.update(len(block))
+            seconds = time.monotonic() - began
+            if seconds > 60 and done < 1000 * seconds:
+                raise OSError(f"the transfer stalled at {done} bytes")
+    if size and done != size:
+        raise OSError(f"the transfer broke off at {done} of {size} bytes")
+
+
+def check_sum(path: Path, checksum: str) -> None:
+    """Raises DataError if the file's digest does not begin as `checksum`, "md5:..."."""
+    if not checksum:
+        return
+    kind, _, wanted = checksum.partition(":")
+    digest = hashlib.new(kind)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(wanted):
+        raise DataError(f"{path}: damaged, or another file: its {kind} is not {wanted}")
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8. Raises DataError that names it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a text in UTF-8 ({error})") from error
+
+
+# --- end of reading files ---------------------------------------------------------------------
+
+
+# --- reading pictures: the same in every project that has it -----------------------------------
+
+DECODING = 1  # of cached pictures: another number whenever decoding gives other pixels
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say; 16-bit greys are scaled by their range.
+
+    Raises DataError that names the file, whatever Pillow raises.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > 100_000_000:
+                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                values = np.asarray(picture, dtype=np.float64)
+                low, high = values.min(), values.max()
+                scaled = (values - low) * (255 / max(high - low, 1e-12))
+                picture = Image.fromarray(scaled.round().astype(np.uint8))
+            return picture.convert("RGB")
+    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path} ({reason})") from error
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root, name) for name in files if name[0] != "."]
+    return sorted(found)
+
+
+def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
+    """What `make` returns, from a file of `folder` if it was made before with the same `key`.
+
+    A damaged file is made anew; a folder that is full or may only be read is no error.
+    """
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = folder / f"{name}-{digest}.pt"
+    with suppress(Exception):  # not there, or damaged
+        return torch.load(path, weights_only=True)
+    result = make()
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with suppress(OSError, RuntimeError):  # torch.save on a full disk is a RuntimeError
+        for old in folder.glob(f"{name}-*.part"):  # of a run that was killed
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+        torch.save(result, beside)
+        beside.replace(path)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+    return result
+
+
+def left_out(bad: list[str]) -> str:
+    """What a run's first lines say of files that could not be read."""
+    return f"; {len(bad)} unreadable files left out, the first: {bad[0]}" if bad else ""
+
+
+def find_pictures(inputs: list[str]) -> dict[str, Path]:
+    """Path by name of each file given and each below a folder given. A name is the path as seen
+    from the folder that holds all inputs, so no two are equal.
+
+    Raises DataError if an input is not there or none was given.
+    """
+    paths = [Path(os.path.abspath(os.path.expanduser(text))) for text in inputs]
+    if lost := [path for path in paths if not path.exists()]:
+        raise DataError(f"{lost[0]}: there is no such file or folder")
+    files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise DataError("expected at least one picture, or a folder of pictures")
+    base = os.path.commonpath([path if path.is_dir() else path.parent for path in paths])
+    return {Path(os.path.relpath(file, base)).as_posix(): file for file in files}
+
+
+def pretrained_weights(url: str, data_dir: Path) -> dict[str, Tensor]:
+    """The state dict at `url`, kept in data_dir/checkpoints; the hash that torchvision's file names
+    carry (resnet18-f37072fd.pth) is checked in any case, and no code of the file runs.
+    """
+    name = url.rsplit("/", 1)[-1]
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    checksum = f"sha256:{digest[1]}" if digest else ""
+    path = download(url, data_dir / "checkpoints" / name, f"weights {name}", checksum)
+    return read_weights(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict on the CPU. Raises DataError if the file is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch each have their own
+        reason = str(error).split("\n")[0][:200]
+        raise DataError(f"{path}: not a file of weights that can be loaded ({reason})") from error
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: expected a state dict, found {type(state).__name__}")
+    return state
+
+
+# --- end of reading pictures ------------------------------------------------------------------
 
 
 class Pictures(NamedTuple):
@@ -42,7 +238,8 @@ class Pictures(NamedTuple):
     names: list[str]
     x: list[Tensor]  # uint8 (3, H, W)
     y: list[dict[str, Tensor]]  # "boxes" float (K, 4) as x1 y1 x2 y2, "labels" long (K,) from 1 on
-    confounders: list[dict[str, Tensor]]  # the same of things that look like litter; [] if unknown
+    ignored: list[Tensor]  # boxes float (M, 4) in which nothing counts (COCO's iscrowd)
+    confounders: list[dict[str, Tensor]]  # like y, things that look like litter; [] if unknown
 
 
 class Data(NamedTuple):
@@ -65,19 +262,15 @@ def load(
     draw: Callable,
     seed: int,
 ) -> Data:
-    """The set `dataset`; `auto` is folder if annotations lie in `data_dir`, else scenes.
+    """The set `dataset`.
 
     With one class every box is of it, else boxes have to be labelled with `classes`. `draw` is
     scenes.draw_split. Raises DataError that names the file at fault.
     """
-    if dataset == "folder" or (dataset == "auto" and annotation_files(data_dir)):
+    if dataset == "folder":
         return load_folder(data_dir, image_size, classes, scene_pattern, seed)
     options = {"size": image_size, "classes": classes, "seed": seed}
-    data = load_scenes(data_dir, scene_counts, draw, options)
-    if dataset == "auto":
-        note = "no annotations in data_dir: scenes drawn by the project stand in for photographs"
-        return data._replace(note=note)
-    return data
+    return load_scenes(data_dir, scene_counts, draw, options)
 
 
 # --- scenes -----------------------------------------------------------------------------------
@@ -86,36 +279,28 @@ def load(
 def load_scenes(data_dir: Path, counts: tuple[int, ...], draw: Callable, options: dict) -> Data:
     """Drawn once and kept in a file of `data_dir`, until the code that draws them changes."""
     code = Path(draw.__code__.co_filename).read_bytes()
-    key = repr((hashlib.sha256(code).hexdigest(), counts, options))
+    key = (hashlib.sha256(code).hexdigest(), counts, options)
+    with suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True)
     try:
-        parts = kept(
+        parts = cached(
             data_dir, "scenes", key,
             lambda: [draw(number, count=count, **options) for number, count in enumerate(counts)],
         )  # fmt: skip
     except ValueError as error:
         raise DataError(str(error)) from error
     splits = [
-        Pictures([f"{split} {number}" for number in range(len(x))], list(x), y, confounders)
+        Pictures(
+            names=[f"{split} {number}" for number in range(len(x))],
+            x=list(x),
+            y=y,
+            ignored=[torch.zeros(0, 4)] * len(x),
+            confounders=confounders,
+        )
         for split, (x, y, confounders) in zip(SPLITS, parts, strict=True)
     ]
-    return Data("scenes", options["classes"], *splits, "data: scenes drawn by the project")
-
-
-def kept(folder: Path, name: str, key: str, make: Callable) -> object:
-    """What `make` returns, from a file of `folder` if it was made before with the same `key`.
-
-    A folder that cannot be written to is no reason to fail: it is made anew next time.
-    """
-    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True, mmap=True)
-    content = make()
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, beside)
-        beside.replace(path)
-    return content
+    note = "data: scenes drawn by the project (for photographs see litter.yaml)"
+    return Data("scenes", options["classes"], *splits, note)
 
 
 def target(boxes: list, labels: list[int]) -> dict[str, Tensor]:
@@ -127,12 +312,18 @@ def target(boxes: list, labels: list[int]) -> dict[str, Tensor]:
 # --- photographs ------------------------------------------------------------------------------
 
 
+class Box(NamedTuple):
+    label: str
+    corners: list[float]  # x1 y1 x2 y2
+    ignored: bool  # an area in which nothing counts
+
+
 class Annotated(NamedTuple):
     """What an annotation file says of a photograph."""
 
     name: str
     size: tuple[float, float] | None  # width and height that the boxes refer to
-    boxes: list[tuple[str, list[float]]]  # label and x1 y1 x2 y2
+    boxes: list[Box]
     source: Path
 
 
@@ -141,73 +332,126 @@ def load_folder(
 ) -> Data:
     """Every photograph that an annotation file below `folder` names, or that lies in a clean/.
 
-    test.txt, a list of names, fixes the test set, else the seed does. Raises DataError that names
+    test.txt, a name per line, fixes the test set, else the seed does. Raises DataError that names
     the file at fault.
     """
-    found = [one for path in annotation_files(folder) for one in read_annotations(path)]
+    found, others = read_annotations(folder)
     if not found:
-        raise DataError(f"{folder}: expected annotations.xml (CVAT) or a COCO json, found none")
+        reason = f", only others as {others[0]}" if others else ""
+        raise DataError(f"{folder}: expected CVAT-for-images xml or COCO json, found none{reason}")
     items, missing = locate(folder, found)
-    stamp = [(str(path), path.stat().st_mtime, one) for path, one in items]
-    key = repr((stamp, image_size, classes))
-    *pictures, remarks = kept(folder, "decoded", key, lambda: decode(items, image_size, classes))
-    title = folder.resolve().name
-    remarks = [f"data: {title}", *remarks]
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns, one) for p, one in items]
+    key = (stamps, image_size, classes, DECODING)
+    decoded = cached(folder, "decoded", key, lambda: decode_photos(items, image_size, classes))
+    places, x, y, ignored, remarks = decoded
+    names = [name_of(items[place][0], folder) for place in places]
+    remarks = [f"data: {folder.resolve().name}", *remarks]
+    if others:
+        remarks.append(f"{len(others)} files are no annotations, as {others[0].name}")
     if missing:
         remarks.append(f"{len(missing)} named photographs are not there, as {missing[0]}")
-    test = folder / "test.txt"
-    fixed = set(test.read_text().split()) if test.is_file() else set()
-    lists, dropped = split(*pictures, scene_pattern, fixed, seed)
+    fixed, unknown = fixed_test_names(folder / "test.txt", names)
+    if unknown:
+        remarks.append(f"test.txt names {len(unknown)} that are not there, as '{unknown[0]}'")
+    lists, dropped = split(names, x, y, scene_pattern, fixed, seed)
     if dropped:
         remarks.append(f"{dropped} left out of training: they show a scene of test.txt")
-    splits = [Pictures(*([part[i] for i in one] for part in pictures), []) for one in lists]
+    columns = (names, x, y, ignored)
+    splits = [Pictures(*([part[i] for i in one] for part in columns), []) for one in lists]
     for name, one in zip(SPLITS, splits, strict=True):
         if not any(len(y["boxes"]) for y in one.y):
             raise DataError(f"{folder}: no photograph of the split '{name}' has a box")
-    return Data(title, classes, *splits, "; ".join(remarks))
+    return Data(folder.resolve().name, classes, *splits, "; ".join(remarks))
 
 
-def annotation_files(folder: Path) -> list[Path]:
-    return sorted([*folder.rglob("annotations.xml"), *folder.rglob("*.json")])
+def name_of(path: Path, folder: Path) -> str:
+    return unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
 
 
-def read_annotations(path: Path) -> list[Annotated]:
-    """Raises DataError that names the file and what is wrong in it."""
-    try:
-        found = read_coco(path) if path.suffix == ".json" else read_cvat(path)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: expected another form: {error!r}") from error
-    for one in found:
-        numbers = [value for _, box in one.boxes for value in box]
-        if not (min(one.size) > 0 and all(map(math.isfinite, numbers))):
-            raise DataError(f"{path}: image '{one.name}': impossible size or box")
-    return found
+def fixed_test_names(path: Path, names: list[str]) -> tuple[set[str], list[str]]:
+    """The photographs that the lines of test.txt name, with or without their folders; the lines
+    that match none.
+    """
+    if not path.is_file():
+        return set(), []
+    lines = [unicodedata.normalize("NFC", line.strip()) for line in read_text(path).splitlines()]
+    lines = [line.removeprefix("./") for line in lines if line]
+    known = {line: [n for n in names if n == line or n.endswith(f"/{line}")] for line in lines}
+    fixed = {name for matches in known.values() for name in matches}
+    if lines and not fixed:
+        raise DataError(f"{path}: no photograph is named as in its lines, the first: {lines[0]}")
+    return fixed, [line for line, matches in known.items() if not matches]
 
 
-def read_cvat(path: Path) -> list[Annotated]:
-    """CVAT-for-images: <image name width height> with <box label xtl ytl xbr ybr> in it."""
+def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
+    """What all annotation files say, and the xml and json files that are none.
+
+    Raises DataError that names the file and what is wrong in it.
+    """
+    found, others = [], []
+    for path in visible_files(folder):
+        if path.suffix.lower() not in (".xml", ".json"):
+            continue
+        try:
+            own = read_coco(path) if path.suffix.lower() == ".json" else read_cvat(path)
+        except (ElementTree.ParseError, json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{path}: expected another form: {error!r}") from error
+        for one in own or ():
+            numbers = [value for box in one.boxes for value in box.corners]
+            if not (min(one.size) > 0 and all(map(math.isfinite, [*one.size, *numbers]))):
+                raise DataError(f"{path}: image '{one.name}': impossible size or box")
+        if own is None:
+            others.append(path)
+        else:
+            found += own
+    return found, others
+
+
+def read_cvat(path: Path) -> list[Annotated] | None:
+    """CVAT-for-images: <image name width height> with <box label xtl ytl xbr ybr rotation> in it;
+    None if it is another xml.
+    """
+    root = ElementTree.parse(path).getroot()
+    if root.tag != "annotations":
+        return None
     found = []
-    for image in ElementTree.parse(path).iter("image"):
+    for image in root.iter("image"):
         size = (float(image.attrib["width"]), float(image.attrib["height"]))
-        boxes = [
-            (box.attrib["label"], [float(box.attrib[key]) for key in CORNERS])
-            for box in image.iter("box")
-        ]
+        boxes = []
+        for box in image.iter("box"):
+            corners = [float(box.attrib[key]) for key in CORNERS]
+            corners = enclosing(corners, float(box.attrib.get("rotation", 0)))
+            boxes.append(Box(box.attrib["label"], corners, False))
         found.append(Annotated(image.attrib["name"], size, boxes, path))
     return found
 
 
-def read_coco(path: Path) -> list[Annotated]:
-    """COCO json: "images", "annotations" with "bbox" as x y width height, "categories"."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+def enclosing(corners: list[float], degrees: float) -> list[float]:
+    """The upright box around x1 y1 x2 y2 turned about its centre."""
+    x1, y1, x2, y2 = corners
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width = (cos * (x2 - x1) + sin * (y2 - y1)) / 2
+    height = (sin * (x2 - x1) + cos * (y2 - y1)) / 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return [x - width, y - height, x + width, y + height] if degrees else corners
+
+
+def read_coco(path: Path) -> list[Annotated] | None:
+    """COCO json: "images", "annotations" with "bbox" as x y width height, "categories"; what is
+    "iscrowd" is ignored. None if it is another json.
+    """
+    content = json.loads(read_text(path))
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        return None
     labels = {kind["id"]: kind["name"] for kind in content["categories"]}
     boxes = {image["id"]: [] for image in content["images"]}
     for one in content["annotations"]:
         left, top, width, height = map(float, one["bbox"])
-        box = [left, top, left + width, top + height]
-        boxes[one["image_id"]].append((labels[one["category_id"]], box))
+        corners = [left, top, left + width, top + height]
+        box = Box(labels[one["category_id"]], corners, bool(one.get("iscrowd", 0)))
+        boxes[one["image_id"]].append(box)
     return [
         Annotated(i["file_name"], (float(i["width"]), float(i["height"])), boxes[i["id"]], path)
         for i in content["images"]
@@ -219,15 +463,17 @@ def locate(folder: Path, found: list[Annotated]) -> tuple[list[tuple[Path, Annot
 
     Raises DataError if none is there or one is annotated twice.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
     by_name = {}
     for path in paths:
-        by_name.setdefault(path.name, []).append(path)
+        by_name.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
     items, missing = {}, []
     for one in found:
-        there = by_name.get(Path(one.name).name, [])
-        there = [path for path in there if path.is_relative_to(one.source.parent)]
-        exact = [path for path in there if path.as_posix().endswith("/" + one.name)] or there
+        name = unicodedata.normalize("NFC", one.name).replace("\\", "/")
+        there = by_name.get(Path(name).name, [])
+        # beside or below the file, else anywhere: CVAT has annotations/ beside images/
+        near = [path for path in there if path.is_relative_to(one.source.parent)] or there
+        exact = [path for path in near if name_of(path, folder).endswith("/" + name)] or near
         if not exact:
             missing.append(one.name)
         elif exact[0] in items:
@@ -242,36 +488,46 @@ def locate(folder: Path, found: list[Annotated]) -> tuple[list[tuple[Path, Annot
     return list(items.items()), missing
 
 
-def decode(
+def decode_photos(
     items: list[tuple[Path, Annotated]], image_size: int, classes: tuple[str, ...]
-) -> tuple[list[str], list[Tensor], list[dict], list[str]]:
-    """Names, pictures, targets, and remarks on what was left out or mended."""
-    names, x, y, bad, clipped, dropped = [], [], [], [], [], []
-    for path, one in tqdm(items, "decoding", leave=False, disable=None):
+) -> tuple[list[int], list[Tensor], list[dict], list[Tensor], list[str]]:
+    """Places in `items`, pictures, targets, ignored boxes, and remarks on what was left out."""
+    places, x, y, ignored, bad, clipped, dropped = [], [], [], [], [], [], []
+    for place, (path, one) in enumerate(tqdm(items, "decoding", leave=False, disable=None)):
         try:
             picture, raw_size = read_photo(path, image_size, one.size)
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            bad.append(f"{path.name} ({error})")
+        except DataError as error:
+            bad.append(str(error))
             continue
         scale = [new / old for new, old in zip(picture.size, one.size or raw_size, strict=True)]
-        boxes, labels = [], []
-        for label, box in one.boxes:
-            if len(classes) > 1 and label not in classes:
-                raise DataError(f"{one.source}: image '{one.name}': label '{label}' is no class")
-            box, cut, empty = fit_box(box, scale, picture.size)
+        boxes, labels, crowds = [], [], []
+        for box in one.boxes:
+            if len(classes) > 1 and box.label not in classes and not box.ignored:
+                raise DataError(
+                    f"{one.source}: image '{one.name}': label '{box.label}' is no class"
+                )
+            corners, cut, empty = fit_box(box.corners, scale, picture.size)
             clipped += [path.name] * (cut and not empty)
             dropped += [path.name] * empty
-            if not empty:
-                boxes.append(box)
-                labels.append(1 + classes.index(label) if len(classes) > 1 else 1)
-        names.append(path.name)
-        x.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous())
+            if box.ignored and not empty:
+                crowds.append(corners)
+            elif not empty:
+                boxes.append(corners)
+                labels.append(1 + classes.index(box.label) if len(classes) > 1 else 1)
+        places.append(place)
+        x.append(to_tensor(picture))
         y.append(target(boxes, labels))
-    remarks = [f"{len(bad)} unreadable photographs left out, the first: {bad[0]}"] if bad else []
+        ignored.append(target(crowds, [])["boxes"])
+    remarks = [left_out(bad).removeprefix("; ")] if bad else []
     for what, where in (("clipped to their photograph", clipped), ("dropped as empty", dropped)):
         if where:
             remarks.append(f"{len(where)} boxes {what}, the first in {where[0]}")
-    return names, x, y, remarks
+    return places, x, y, ignored, remarks
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def fit_box(box: list[float], scale: list[float], size: tuple[int, int]) -> tuple:
@@ -285,67 +541,20 @@ def fit_box(box: list[float], scale: list[float], size: tuple[int, int]) -> tupl
 def read_photo(
     path: Path, image_size: int, annotated: tuple[float, float] | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The photograph, its longer side at most `image_size`, and the size that it had before.
+    """The photograph as the network sees it, and the width and height that it had before.
 
+    Its shorter side becomes `image_size`, or its longer one LONGEST times that, if it is very long.
     It is turned as its EXIF orientation says, unless the annotation's width and height show that
-    its boxes were drawn on the photograph as it is stored.
+    its boxes were drawn on the photograph as it is stored. Raises DataError that names the file.
     """
-    with Image.open(path) as file:
-        stored = file.size
-        quarter = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        factor = min(1.0, image_size / max(stored))
-        file.draft("RGB", tuple(max(1, round(side * factor)) for side in stored))
-        as_stored = quarter and annotated == stored and stored[0] != stored[1]
-        picture = (file if as_stored else ImageOps.exif_transpose(file)).convert("RGB")
-    size = stored[::-1] if quarter and not as_stored else stored
-    wanted = tuple(max(1, round(side * factor)) for side in size)
-    return picture.resize(wanted, Image.Resampling.BILINEAR), size
-
-
-def list_photos(path: Path) -> list[Path]:
-    """The photograph, or those of the folder. Raises DataError if there are none."""
-    photos = sorted(path.rglob("*")) if path.is_dir() else [path]
-    photos = [photo for photo in photos if photo.is_file() and photo.suffix.lower() in SUFFIXES]
-    if not photos:
-        raise DataError(f"predict: {path}: there are no photographs")
-    return photos
-
-
-# --- COCO weights -----------------------------------------------------------------------------
-
-
-def find_coco_weights(architecture: str, data_dir: Path) -> None:
-    """Turns torch.hub to the folder with torchvision's COCO weights, or where to download them to.
-
-    By hand they are put into data_dir/checkpoints. Raises DataError if they cannot be had.
-    """
-    from torchvision.models import get_model_weights  # imported where it is used: it is slow
-
-    if architecture == "small":
-        raise DataError("there are no COCO weights for the architecture small")
-    url = get_model_weights(f"fasterrcnn_{architecture}").DEFAULT.url
-    name = url.rsplit("/", 1)[-1]
-    for hub in (data_dir, Path(torch.hub.get_dir())):
-        if (hub / "checkpoints" / name).is_file():
-            torch.hub.set_dir(hub)
-            return
-    if not reachable(url):
-        raise DataError(f"{data_dir / 'checkpoints' / name} is not there and {url} does not answer")
-    torch.hub.set_dir(data_dir)
-
-
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
+    picture = open_picture(path)
+    if annotated == picture.size[::-1] != picture.size:
+        with Image.open(path) as file:
+            back = TURNED_BACK.get(file.getexif().get(0x0112, 1))
+        picture = picture if back is None else picture.transpose(back)
+    factor = min(image_size / min(picture.size), LONGEST * image_size / max(picture.size))
+    wanted = tuple(max(1, round(side * factor)) for side in picture.size)
+    return picture.resize(wanted, Image.Resampling.BILINEAR), picture.size
 
 
 # --- splits -----------------------------------------------------------------------------------
@@ -386,7 +595,7 @@ def scenes_of(names: list[str], x: list[Tensor], pattern: str) -> list[int]:
     """
     bits = np.stack([difference_hash(picture) for picture in x]).astype(np.int32)
     same = bits @ bits.T + (1 - bits) @ (1 - bits).T >= 64 - ALIKE
-    found = [re.search(pattern, name) if pattern else None for name in names]
+    found = [re.search(pattern, name.rsplit("/")[-1]) if pattern else None for name in names]
     texts = np.array([match[0] if match else f"/{i}" for i, match in enumerate(found)])
     same |= texts[:, None] == texts[None]
     scenes = np.arange(len(names))
@@ -411,9 +620,20 @@ def training_batches(
 ) -> Iterator[tuple[list[Tensor], list[dict]]]:
     """Shuffled, augmented float pictures (3, H, W) in [0, 1] with their targets, each once."""
     for chosen in torch.randperm(len(pictures.x)).split(batch_size):
-        pairs = [augment(pictures.x[i].to(device), pictures.y[i], jitter) for i in chosen.tolist()]
+        shown = [(without_ignored(pictures, i).to(device), pictures.y[i]) for i in chosen.tolist()]
+        pairs = [augment(x, y, jitter) for x, y in shown]
         y = [{name: part.to(device) for name, part in y.items()} for _, y in pairs]
         yield [x for x, _ in pairs], y
+
+
+def without_ignored(pictures: Pictures, number: int) -> Tensor:
+    """The picture, grey where nothing counts, so that nothing is learned from there."""
+    x, boxes = pictures.x[number], pictures.ignored[number].round().int().tolist()
+    if boxes:
+        x = x.clone()
+    for x1, y1, x2, y2 in boxes:
+        x[:, y1:y2, x1:x2] = 128
+    return x
 
 
 def batches(x: list[Tensor], batch_size: int, device: torch.device) -> Iterator[list[Tensor]]:

@@ -10,6 +10,7 @@ torchvision is imported where it is used: it is slow, and --help should not wait
 
 import contextlib
 import io
+import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -20,17 +21,22 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors, as in section 3.1.
 WIDTHS = (24, 32, 64, 96, 128)  # channels at strides 2, 4, 8, 16, 32
 BLOCKS = (0, 1, 1, 2, 1)  # residual blocks at each of them
 PYRAMID, BOX_HEAD = 64, 128  # channels; features of a region
+POOLED = 1.0  # share of the picture's side from which boxes are pooled at stride 16
 LOSSES = ("objectness", "rpn_box_reg", "classifier", "box_reg")
-MATCH = 0.5  # IoU from which a prediction has found a piece
+MATCH = 0.5  # IoU from which a prediction has found an annotated box
 
 
 class Sampling(NamedTuple):
-    """How many boxes of a picture the stages look at. torchvision has 256, 512, 2000 and 1000."""
+    """How many boxes of a picture the stages look at."""
 
     anchors: int  # in the loss of the first stage
     regions: int  # in the loss of the second stage
     proposals: int  # handed from the first stage to the second in training
     test_proposals: int  # and in prediction
+
+
+FEW = Sampling(anchors=256, regions=64, proposals=250, test_proposals=150)  # of small
+MANY = Sampling(anchors=256, regions=512, proposals=2000, test_proposals=1000)  # torchvision's
 
 
 # --- the network ------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ class LightBackbone(nn.Module):
 
 
 def make_detector(
-    architecture: str, *, classes: int, sampling: Sampling, sides: list[float], coco: bool
+    architecture: str, *, classes: int, sides: list[float], image_size: int, coco: bool = False
 ) -> nn.Module:
     """`small` with random weights, or one of torchvision's, with COCO weights if `coco`.
 
@@ -88,6 +94,7 @@ def make_detector(
     """
     from torchvision.models import detection
 
+    sampling = FEW if architecture == "small" else MANY
     options = {
         "rpn_batch_size_per_image": sampling.anchors,
         "box_batch_size_per_image": sampling.regions,
@@ -99,7 +106,7 @@ def make_detector(
         "box_score_thresh": 0.01,  # precision is wanted at every recall
     }
     if architecture == "small":
-        model = small_detector(classes, sides, options)
+        model = small_detector(classes, sides, image_size, options)
     else:
         make = getattr(detection, f"fasterrcnn_{architecture}")
         if coco:
@@ -110,7 +117,8 @@ def make_detector(
     return model
 
 
-def small_detector(classes: int, sides: list[float], options: dict) -> nn.Module:
+def small_detector(classes: int, sides: list[float], image_size: int, options: dict) -> nn.Module:
+    """A box is pooled at stride 8 below POOLED of the picture's side, at 16 below twice that."""
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
     from torchvision.ops import MultiScaleRoIAlign
@@ -118,7 +126,12 @@ def small_detector(classes: int, sides: list[float], options: dict) -> nn.Module
     return FasterRCNN(
         LightBackbone(),
         rpn_anchor_generator=AnchorGenerator([(side,) for side in sides], (RATIOS,) * len(sides)),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=1),
+        box_roi_pool=MultiScaleRoIAlign(
+            ["0", "1", "2"],
+            output_size=7,
+            sampling_ratio=1,
+            canonical_scale=max(1, round(POOLED * image_size)),
+        ),
         box_head=TwoMLPHead(PYRAMID * 7**2, BOX_HEAD),
         box_predictor=FastRCNNPredictor(BOX_HEAD, classes),
         **options,
@@ -180,10 +193,29 @@ class Mixed(nn.Module):
 
 
 def mix_precision(model: nn.Module, amp: bool) -> nn.Module:
-    """Convolutions over whole pictures in bfloat16 if `amp`, all that reckons with boxes not."""
+    """Convolutions over whole pictures in bfloat16 if `amp`, what computes boxes in float32."""
     model.backbone = Mixed(model.backbone, amp)
     model.rpn.head = Mixed(model.rpn.head, amp)
     return model
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as torchvision names it, without the wrapper of mix_precision."""
+    return {name.replace(".inner.", "."): part for name, part in model.state_dict().items()}
+
+
+def restore_detector(saved: dict, amp: bool) -> nn.Module:
+    """The network of a run's model.pt, with batch normalisation frozen if it was."""
+    model = make_detector(
+        saved["architecture"],
+        classes=1 + len(saved["classes"]),
+        sides=saved["sides"],
+        image_size=saved["image_size"],
+    )
+    if saved["eps"] is not None:
+        freeze_batchnorm(model, saved["eps"])
+    model.load_state_dict(saved["weights"])
+    return mix_precision(model, amp)
 
 
 # --- anchors ----------------------------------------------------------------------------------
@@ -232,6 +264,48 @@ def detect(model: nn.Module, x: list[Tensor]) -> list[dict[str, Tensor]]:
     return [{name: part.cpu() for name, part in one.items()} for one in model(x)]
 
 
+def overlap_area(boxes: Tensor, others: Tensor) -> Tensor:
+    """(K, M) area that boxes (K, 4) and others (M, 4) have in common."""
+    low = torch.maximum(boxes[:, None, :2], others[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (high - low).clamp(min=0).prod(2)
+
+
+def tile_corners(size: tuple[int, int], tiles: int) -> list[tuple[int, int, int, int]]:
+    """left, top, right, bottom of tiles x tiles parts of a picture of that width and height, which
+    overlap by a quarter of their side.
+    """
+    spans = []
+    for length in size:
+        side = min(length, math.ceil(length / (1 + 0.75 * (tiles - 1))))
+        starts = [round(i * (length - side) / max(1, tiles - 1)) for i in range(tiles)]
+        spans.append([(start, start + side) for start in starts])
+    return [(left, top, right, bottom) for top, bottom in spans[1] for left, right in spans[0]]
+
+
+def cut_off(boxes: Tensor, tile: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """(K,) whether boxes (K, 4) end at a border of their tile that is none of the picture's."""
+    edges = torch.tensor(tile, dtype=boxes.dtype)
+    inner = edges != torch.tensor([0, 0, *size])
+    return ((boxes - edges).abs() <= 1)[:, inner].any(1)
+
+
+def join_tiles(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The predictions of all tiles, best first; of boxes of one class that overlap by half, the
+    best stays. A "cut" box goes if another of its class covers most of it.
+    """
+    from torchvision.ops import batched_nms, box_area
+
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    area, cut = box_area(joined["boxes"]), joined.pop("cut")
+    both = overlap_area(joined["boxes"], joined["boxes"])
+    covers = (both > 0.7 * area[:, None]) & (area[None] > area[:, None])
+    covers &= joined["labels"][:, None] == joined["labels"]
+    joined = {name: part[~(cut & covers.any(1))] for name, part in joined.items()}
+    stays = batched_nms(joined["boxes"], joined["scores"], joined["labels"], 0.5)
+    return {name: part[stays] for name, part in joined.items()}
+
+
 def as_one_class(predictions: list[dict]) -> list[dict]:
     """COCO's classes all taken for litter; of boxes that then overlap by half, the best stays."""
     from torchvision.ops import nms
@@ -248,16 +322,19 @@ def as_one_class(predictions: list[dict]) -> list[dict]:
 # --- metrics ----------------------------------------------------------------------------------
 
 
-def coco_metrics(predictions: list[dict], y: list[dict]) -> tuple[dict, list[float]]:
+def coco_metrics(
+    predictions: list[dict], y: list[dict], ignored: list[Tensor] | None = None
+) -> tuple[dict, list[float]]:
     """pycocotools' AP and AR over all pictures, clean ones too, and the precision at IoU 0.5.
 
     The precision is at recall 0, 0.01, ..., 1, a mean over classes. Sizes are in pixels as the
-    network sees them: small below 32 x 32, large from 96 x 96 on. What has no boxes is None.
+    network sees them: small below 32 x 32, large from 96 x 96 on. What has no boxes is None; so is
+    everything if there is no box at all. In the boxes (M, 4) of `ignored` nothing counts.
     """
     from pycocotools.cocoeval import COCOeval  # imported where it is used: it is slow
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(as_coco(y), as_coco(predictions), "bbox")
+        evaluation = COCOeval(as_coco(y, ignored), as_coco(predictions), "bbox")
         evaluation.params.imgIds = list(range(len(y)))
         evaluation.evaluate()
         evaluation.accumulate()
@@ -265,13 +342,18 @@ def coco_metrics(predictions: list[dict], y: list[dict]) -> tuple[dict, list[flo
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     names += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
     stats = [float(value) if value >= 0 else None for value in evaluation.stats]
-    curve = evaluation.eval["precision"][0, :, :, 0, 2]  # (101, classes), -1 without boxes
-    curve = curve[:, (curve >= 0).all(0)]
-    precision = curve.mean(1).tolist() if curve.shape[1] else [0.0] * 101
-    return dict(zip(names, stats, strict=True)), precision
+    metrics = dict(zip(names, stats, strict=True))
+    curves = evaluation.eval["precision"][..., 0, 2]  # (IoU, 101, classes), -1 without boxes
+    there = (curves >= 0).all((0, 1))
+    labels = [label for label, seen in zip(evaluation.params.catIds, there, strict=True) if seen]
+    by_class = curves[..., there].mean((0, 1)).tolist()
+    metrics["ap_per_label"] = dict(zip(map(str, labels), by_class, strict=True))
+    precision = curves[0][:, there].mean(1).tolist() if there.any() else [0.0] * 101
+    return metrics, precision
 
 
-def as_coco(pictures: list[dict]) -> object:
+def as_coco(pictures: list[dict], ignored: list[Tensor] | None = None) -> object:
+    """pycocotools' data set; ignored boxes are crowds of each label that occurs."""
     from pycocotools.coco import COCO
 
     rows = []
@@ -284,20 +366,27 @@ def as_coco(pictures: list[dict]) -> object:
             row = {"id": len(rows) + 1, "image_id": number, "category_id": label, "score": score}
             row |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
             rows.append(row)
+    labels = sorted({label for one in pictures for label in one["labels"].tolist()} or {1})
+    for number, boxes in enumerate(ignored or ()):
+        for x1, y1, x2, y2 in boxes.tolist():
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+            for label in labels:
+                place = {"id": len(rows) + 1, "image_id": number, "category_id": label}
+                rows.append(place | box | {"iscrowd": 1})
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number} for number in range(len(pictures))],
         "annotations": rows,
-        "categories": [{"id": label} for label in sorted({row["category_id"] for row in rows})],
+        "categories": [{"id": label} for label in labels],
     }
     coco.createIndex()
     return coco
 
 
 def match(prediction: dict, y: dict) -> Tensor:
-    """(K,) for each prediction, best first, the piece it found that no better one had; -1 if none.
+    """(K,) for each prediction, best first, the annotated box that it found and no better one had.
 
-    Of the pieces of its class it takes the one it overlaps most, as pycocotools does.
+    -1 if none. Of the boxes of its class it takes the one it overlaps most, as pycocotools does.
     """
     from torchvision.ops import box_iou
 
@@ -312,6 +401,15 @@ def match(prediction: dict, y: dict) -> Tensor:
     return found
 
 
+def outside(prediction: dict, ignored: Tensor) -> dict:
+    """The predictions of a picture of which less than half lies in an ignored box (M, 4)."""
+    from torchvision.ops import box_area
+
+    inside = overlap_area(prediction["boxes"], ignored)
+    stays = (2 * inside < box_area(prediction["boxes"])[:, None]).all(1)
+    return {name: part[stays] for name, part in prediction.items()}
+
+
 class Counts(NamedTuple):
     """What is counted at each confidence (T,) that a prediction has, highest first."""
 
@@ -319,7 +417,7 @@ class Counts(NamedTuple):
     found: Tensor
     predicted: Tensor
     on_clean: Tensor  # predictions on pictures without litter
-    pieces: int  # in all
+    truth: int  # annotated boxes in all
     clean: int  # pictures without litter
 
 
@@ -337,51 +435,54 @@ def count(predictions: list[dict], y: list[dict]) -> Counts:
         found=found.cumsum(0)[last],
         predicted=torch.arange(1, len(scores) + 1)[last],
         on_clean=on_clean.cumsum(0)[last],
-        pieces=sum(len(one["boxes"]) for one in y),
+        truth=sum(len(one["boxes"]) for one in y),
         clean=int(clean.sum()),
     )
 
 
-def working_confidence(counts: Counts, max_false_alarms: float) -> float:
-    """That of the best F1 among those with at most so many false alarms per clean picture.
+def f1_scores(counts: Counts) -> Tensor:
+    """(T,) 2 TP / (2 TP + FP + FN) of the predictions from each confidence on."""
+    return 2 * counts.found / (counts.predicted + counts.truth)
+
+
+def working_confidence(counts: Counts, max_false_positives: float = float("inf")) -> float:
+    """That of the best F1 among those with at most so many false positives per clean picture.
 
     1 if there is none, so that nothing is reported.
     """
-    f1 = 2 * counts.found / (counts.predicted + counts.pieces)
-    allowed = counts.on_clean <= max_false_alarms * counts.clean
-    f1 = torch.where(allowed, f1, -1)
+    allowed = counts.on_clean <= max_false_positives * max(counts.clean, 1e-300)
     if not allowed.any():
         return 1.0
-    return float(counts.confidence[f1.argmax()])
+    return float(counts.confidence[torch.where(allowed, f1_scores(counts), -1).argmax()])
 
 
 def at_confidence(counts: Counts, threshold: float) -> dict[str, float | None]:
-    """Precision, recall, F1, false alarms per clean picture of predictions from `threshold` on."""
+    """Precision, recall, F1, false positives per clean picture of predictions from `threshold`."""
     place = int((counts.confidence >= threshold).sum()) - 1
     columns = (counts.found, counts.predicted, counts.on_clean)
     found, predicted, on_clean = (int(c[place]) if place >= 0 else 0 for c in columns)
     return {
         "precision": found / max(predicted, 1),
-        "recall": found / max(counts.pieces, 1),
-        "f1": 2 * found / max(predicted + counts.pieces, 1),
-        "false_alarms_per_clean_image": on_clean / counts.clean if counts.clean else None,
+        "recall": found / max(counts.truth, 1),
+        "f1": 2 * found / max(predicted + counts.truth, 1),
+        "false_positives_per_clean_image": on_clean / counts.clean if counts.clean else None,
     }
 
 
-def alarms_on(
+def false_positives_on(
     confounders: list[dict], kept: list[dict], y: list[dict], kinds: int
 ) -> tuple[list[int], list[int]]:
-    """By kind, how many confounders there are, and how many of them have a false alarm on them:
-    its centre lies in their box.
+    """By kind, how many confounders there are, and on how many of them is a false positive: its
+    centre lies in their box.
     """
-    there, alarmed = torch.zeros(2, kinds, dtype=torch.int64)
+    there, taken = torch.zeros(2, kinds, dtype=torch.int64)
     for thing, one, truth in zip(confounders, kept, y, strict=True):
         wrong = one["boxes"][match(one, truth) < 0]
         centre = (wrong[:, None, :2] + wrong[:, None, 2:]) / 2
         inside = ((centre > thing["boxes"][:, :2]) & (centre < thing["boxes"][:, 2:])).all(2).any(0)
         there += torch.bincount(thing["labels"], minlength=kinds)
-        alarmed += torch.bincount(thing["labels"][inside], minlength=kinds)
-    return there.tolist(), alarmed.tolist()
+        taken += torch.bincount(thing["labels"][inside], minlength=kinds)
+    return there.tolist(), taken.tolist()
 
 
 def above(prediction: dict, threshold: float) -> dict:
@@ -389,22 +490,35 @@ def above(prediction: dict, threshold: float) -> dict:
     return {name: part[prediction["scores"] >= threshold] for name, part in prediction.items()}
 
 
+class Outcome(NamedTuple):
+    """Boxes (K, 4) of a picture."""
+
+    hits: Tensor  # predictions that found something
+    wrong: Tensor  # false positives
+    missed: Tensor  # annotated, not found
+
+
+def outcome(kept: dict, y: dict) -> Outcome:
+    found = match(kept, y)
+    missed = torch.ones(len(y["boxes"]), dtype=torch.bool)
+    missed[found[found >= 0]] = False
+    return Outcome(kept["boxes"][found >= 0], kept["boxes"][found < 0], y["boxes"][missed])
+
+
 def mistakes(kept: list[dict], y: list[dict]) -> tuple[list[tuple], list[tuple]]:
-    """False alarms (confidence, picture, box), surest first; missed pieces (best IoU with a
+    """False positives (confidence, picture, box), surest first; missed boxes (best IoU with a
     prediction, picture, box), largest first.
     """
     from torchvision.ops import box_iou
 
-    alarms, misses = [], []
+    wrong, misses = [], []
     for number, (one, truth) in enumerate(zip(kept, y, strict=True)):
-        found = match(one, truth)
-        wrong = found < 0
-        pairs = zip(one["scores"][wrong].tolist(), one["boxes"][wrong], strict=True)
-        alarms += [(score, number, box) for score, box in pairs]
-        overlap = box_iou(truth["boxes"], one["boxes"])
-        for place in sorted(set(range(len(overlap))) - set(found.tolist())):
-            best = float(overlap[place].max()) if overlap.shape[1] else 0.0
-            misses.append((best, number, truth["boxes"][place]))
-    alarms.sort(key=lambda one: -one[0])
+        scores = one["scores"][match(one, truth) < 0].tolist()
+        boxes = outcome(one, truth)
+        wrong += [(score, number, box) for score, box in zip(scores, boxes.wrong, strict=True)]
+        overlap = box_iou(boxes.missed, one["boxes"])
+        best = overlap.max(1).values.tolist() if overlap.shape[1] else [0.0] * len(overlap)
+        misses += [(value, number, box) for value, box in zip(best, boxes.missed, strict=True)]
+    wrong.sort(key=lambda one: -one[0])
     misses.sort(key=lambda one: -float((one[2][2:] - one[2][:2]).prod()))
-    return alarms, misses
+    return wrong, misses

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
-TRUTH, FOUND, WRONG = "#ffd21f", "#39ff5a", "#ff3b3b"  # on brown, green and grey ground alike
+MISSED, HIT, WRONG = "#ffd21f", "#39ff5a", "#ff3b3b"  # on brown, green and grey ground alike
 PARTS = {
     "objectness": "objectness (stage 1)",
     "rpn_box_reg": "box (stage 1)",
@@ -52,7 +53,8 @@ def plot_precision_recall(
 ) -> None:
     """Precision at recall 0, 0.01, ..., 1 and IoU 0.5; `point` is the working confidence's."""
     figure, axes = plt.subplots(figsize=(6.5, 4.9), layout="constrained")
-    for (name, precision), color in zip(curves.items(), (BASELINE, METHOD), strict=True):
+    colors = (BASELINE, METHOD)[-len(curves) :]
+    for (name, precision), color in zip(curves.items(), colors, strict=True):
         axes.plot(np.linspace(0, 1, 101), precision, color=color, linewidth=2, label=name)
     label = f"working confidence {point['confidence']:.2f}, chosen on validation"
     axes.plot(point["recall"], point["precision"], "o", color="black", label=label)
@@ -63,67 +65,69 @@ def plot_precision_recall(
     plt.close(figure)
 
 
-def plot_examples(
-    x: list[Tensor], y: list[dict], before: list[dict], after: list[dict], title: str, path: Path
-) -> None:
-    """Pictures (3, H, W) with, as rows, annotation, the five surest boxes before, those after.
-
-    Shown are the first three pictures with two or more pieces, and the first without litter.
+def plot_f1(curves: dict[str, tuple], metrics: dict, title: str, path: Path) -> None:
+    """F1 of validation and test, each with the confidences from which predictions count, and both
+    confidences that were chosen on validation.
     """
-    pieces = [len(one["boxes"]) for one in y]
-    chosen = [i for i, number in enumerate(pieces) if number > 1][:3]
-    chosen += [i for i, number in enumerate(pieces) if number == 0][:1]
-    size = (2.2 * len(chosen) + 0.4, 6.9)
-    figure, panels = plt.subplots(3, len(chosen), figsize=size, layout="constrained", squeeze=False)
-    for column, number in zip(panels.T, chosen, strict=True):
-        first = {name: part[:5] for name, part in before[number].items()}
-        rows = ((y[number], TRUTH), (first, WRONG), (after[number], FOUND))
-        for axes, (boxes, color) in zip(column, rows, strict=True):
-            show(axes, x[number])
-            draw_boxes(axes, boxes, color)
-    names = ("annotation", "before: five surest", "after")
-    for axes, name in zip(panels[:, 0], names, strict=True):
-        axes.set_ylabel(name)
+    figure, axes = plt.subplots(figsize=(6.5, 4.3), layout="constrained")
+    for (split, points), color in zip(curves.items(), (VALIDATION, METHOD), strict=True):
+        name = {"val": "validation", "test": "test"}[split]
+        axes.plot(*points, color=color, label=name)
+    limited, best = metrics["threshold"], metrics["best_f1_threshold"]
+    axes.axvline(limited, color="black", linestyle="--", label=f"working confidence {limited:.2f}")
+    axes.axvline(best, color="black", linestyle=":", label=f"best validation F1 {best:.2f}")
+    axes.set(xlabel="confidence", ylabel="F1 (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1))
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_detections(x: list[Tensor], outcomes: list[tuple], title: str, path: Path) -> None:
+    """Pictures (3, H, W) with boxes (K, 4): found, wrongly found, missed.
+
+    The first six with litter, then two clean ones, as far as there are so many.
+    """
+    counts = [len(hits) + len(missed) for hits, _, missed in outcomes]
+    chosen = [i for i, number in enumerate(counts) if number > 0][:6]
+    chosen += [i for i, number in enumerate(counts) if number == 0][:2]
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    size = (2.2 * columns + 0.4, 2.3 * rows + 1)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(chosen) :]:
+        axes.axis("off")
+    for axes, number in zip(panels.flat, chosen, strict=False):
+        show(axes, x[number])
+        for part, color in zip(outcomes[number], (HIT, WRONG, MISSED), strict=True):
+            draw_boxes(axes, part, color)
+    names = {"found": HIT, "false positive": WRONG, "missed": MISSED}
+    handles = [Patch(facecolor="none", edgecolor=c, label=n) for n, c in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(f"Test pictures, {title}")
     save_photos(figure, path)
 
 
 def plot_mistakes(
-    x: list[Tensor], alarms: list[tuple], misses: list[tuple], title: str, path: Path
+    x: list[Tensor], wrong: list[tuple], misses: list[tuple], title: str, path: Path
 ) -> None:
-    """Top: false alarms (confidence, picture, box), surest first; below: missed pieces (best IoU
+    """Top: false positives (confidence, picture, box), surest first; below: missed boxes (best IoU
     of a prediction with them, picture, box), largest first. Each is a crop around its box.
     """
     figure, panels = plt.subplots(2, 6, figsize=(9, 3.9), layout="constrained")
-    for row, mistakes, color in ((0, alarms, WRONG), (1, misses, TRUTH)):
+    for row, mistakes, color in ((0, wrong, WRONG), (1, misses, MISSED)):
         for axes, mistake in zip(panels[row], mistakes[:6], strict=False):
             value, number, box = mistake
             show(axes, x[number])
-            draw_boxes(axes, {"boxes": box[None]}, color)
+            draw_boxes(axes, box[None], color)
             crop(axes, x[number], box)
             axes.set_title(f"{'confidence' if row == 0 else 'best IoU'} {value:.2f}", fontsize=9)
         for axes in panels[row, len(mistakes) :]:
             axes.axis("off")
-    panels[0, 0].set_ylabel("false alarms")
+    panels[0, 0].set_ylabel("false positives")
     panels[1, 0].set_ylabel("missed")
     figure.suptitle(f"Worst mistakes on test pictures, {title}")
     save_photos(figure, path)
-
-
-def plot_photo(x: Tensor, found: dict, classes: list[str], title: str, path: Path) -> None:
-    """A photograph (3, H, W) with the boxes found in it, their class and confidence."""
-    height, width = x.shape[1:]
-    figure, axes = plt.subplots(figsize=(8, 8 * height / width + 0.4), layout="constrained")
-    show(axes, x)
-    draw_boxes(axes, found, FOUND)
-    boxes, labels, scores = (found[name].tolist() for name in ("boxes", "labels", "scores"))
-    for box, label, score in zip(boxes, labels, scores, strict=True):
-        text = f"{classes[label - 1]} {score:.2f}"
-        background = {"facecolor": "black", "alpha": 0.6, "pad": 1, "edgecolor": "none"}
-        axes.text(box[0], box[1], text, color=FOUND, fontsize=9, va="bottom", bbox=background)
-    figure.suptitle(f"{title}: {len(boxes)} found")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def save_photos(figure: Figure, path: Path) -> None:
@@ -141,8 +145,8 @@ def show(axes: Axes, x: Tensor) -> None:
     axes.set_yticks([])
 
 
-def draw_boxes(axes: Axes, found: dict, color: str) -> None:
-    for x1, y1, x2, y2 in found["boxes"].tolist():
+def draw_boxes(axes: Axes, boxes: Tensor, color: str) -> None:
+    for x1, y1, x2, y2 in boxes.tolist():
         place = (x1 - 0.5, y1 - 0.5)  # imshow's pixels begin half a pixel before their number
         axes.add_patch(Rectangle(place, x2 - x1, y2 - y1, fill=False, color=color, linewidth=1.6))
 

@@ -33,15 +33,16 @@ def draw_split(
     """uint8 pictures (count, 3, size, size), their litter, their confounders: each a dict per
     picture of "boxes" float (K, 4) and "labels" long (K,), for confounders indices of CONFOUNDERS.
 
-    Every fifth picture has no litter. Splits 0, 1, 2 have no column of a photograph, no leaf and
-    no random number in common.
+    Every fifth picture has no litter. Splits 0, 1, 2 have no leaf and no random number in common.
+    Training has columns of the photographs of its own; validation and test, which have to be alike
+    for a threshold to carry over, share theirs.
     """
     from sklearn.datasets import load_sample_images  # imported where it is used: it is slow
 
     if len(classes) > 1 and (unknown := set(MATERIALS.values()) - set(classes)):
         raise ValueError(f"classes: scenes have {min(unknown)}, too; name it, or one class for all")
     rng = np.random.default_rng([seed, number])
-    columns = np.split(np.arange(640), [round(640 * share) for share in (0.6, 0.8)])[number]
+    columns = np.split(np.arange(640), [384])[min(number, 1)]
     photos = [Image.fromarray(p[:, columns]).convert("L") for p in load_sample_images().images]
     leaves = [leaf(rng) for _ in range(160)] + [twig(rng) for _ in range(30)]
     pictures, truth, confounders = [], [], []

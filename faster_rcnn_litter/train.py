@@ -4,25 +4,20 @@ With COCO weights a detector of torchvision's is fine-tuned; without them, and w
 small one learns from nothing in minutes.
 
 Run it with `python faster_rcnn_litter/train.py`, or `python faster_rcnn_litter/train.py
---predict PHOTOGRAPHS --weights results/RUN/detector.pt` to find litter on one's own photographs.
+--dataset folder --data_dir MINE`.
 """
 
 import copy
-import csv
 import math
-import pickle
 import re
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -31,39 +26,58 @@ from data import (
     DataError,
     Pictures,
     batches,
-    find_coco_weights,
-    list_photos,
     load,
-    read_photo,
+    pretrained_weights,
+    read_weights,
     training_batches,
 )
 from model import (
     LOSSES,
     Counts,
-    Sampling,
     above,
-    alarms_on,
     anchor_overlap,
     as_one_class,
     at_confidence,
     coco_metrics,
     count,
     detect,
+    f1_scores,
+    false_positives_on,
     fit_anchors,
-    freeze_batchnorm,
     frozen_eps,
     losses,
     make_detector,
     mistakes,
     mix_precision,
+    outcome,
+    outside,
+    plain_state,
     replace_head,
+    restore_detector,
     working_confidence,
 )
-from plots import plot_curves, plot_examples, plot_mistakes, plot_photo, plot_precision_recall
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from plots import plot_curves, plot_detections, plot_f1, plot_mistakes, plot_precision_recall
+from run import (
+    PROJECT,
+    Batch,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 from scenes import CONFOUNDERS, draw_split
 
-WORDS = ("auto", "coco", "none")  # what weights may be other than a file
+WORDS = ("coco", "none")  # what weights may be other than a file
 ARCHITECTURES = Literal[
     "small",
     "mobilenet_v3_large_320_fpn",
@@ -71,68 +85,50 @@ ARCHITECTURES = Literal[
     "resnet50_fpn",
     "resnet50_fpn_v2",
 ]
+SceneCount = Annotated[int, ">= 2", "<= 1000000"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "folder", "scenes"]
+    dataset: Literal["scenes", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
+    seed: Seed
     classes: tuple[str, ...]
-    image_size: int
-    scene_counts: tuple[int, ...]
+    image_size: Annotated[int, ">= 32", "<= 4096"]
+    scene_counts: tuple[SceneCount, SceneCount, SceneCount]
     scene_pattern: str
     architecture: ARCHITECTURES
     weights: Path
     precision: Literal["auto", "float32", "bfloat16"]
-    sampled_anchors: int
-    sampled_regions: int
-    proposals: int
-    test_proposals: int
-    epochs: int
-    batch_size: int
-    optimizer: Literal["adamw", "sgd"]
-    lr: float
-    weight_decay: float
-    schedule: Literal["cosine", "step"]
-    warmup: float
-    ema: float
-    jitter: float
-    patience: int
-    max_false_alarms: float
-    predict: Path
+    epochs: Epochs
+    batch_size: Batch
+    lr: Rate
+    weight_decay: Decay
+    pretrained_lr: Rate
+    pretrained_weight_decay: Decay
+    warmup: Annotated[float, ">= 0", "< 1"]
+    ema: Annotated[float, ">= 0", "< 1"]
+    jitter: Annotated[float, ">= 1", "<= 4"]
+    patience: Epochs
+    max_false_positives: Annotated[float, ">= 0", "<= 1000"]
+    compare: bool
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("seed", "weight_decay", "warmup", "ema", "max_false_alarms"), 0)
-        least |= {"jitter": 1, "image_size": 32, "scene_counts": 2}
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (str, Path)):
-                continue
-            if name in least and min(numbers) < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {min(numbers)}")
-            if name not in least and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-        for name in ("warmup", "ema"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}: expected less than 1, found {getattr(self, name)}")
-        if len(self.scene_counts) != 3:
-            raise ValueError(f"scene_counts: expected three numbers, found {self.scene_counts}")
         try:
             re.compile(self.scene_pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"scene_pattern: expected a regular expression: {error}") from None
         if len(set(self.classes)) < len(self.classes) or not all(self.classes):
             raise ValueError(f"classes: expected different names, found {self.classes}")
-        if self.predict.name != "none" and self.weights.name in WORDS:
-            raise ValueError("predict: expected --weights with the detector.pt of a run beside it")
+        if self.weights.name == "coco" and self.architecture == "small":
+            raise ValueError("weights: there are no COCO weights for the architecture small")
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """Predictions on a split, and what was counted."""
 
     predictions: list[dict]
@@ -142,24 +138,42 @@ class Judged(NamedTuple):
     seconds: float  # for the predictions
 
 
+class Start(NamedTuple):
+    """The network to train, and what it begins with."""
+
+    model: nn.Module
+    before: nn.Module  # the network that is tested before training
+    about: str
+    pretrained: bool
+
+
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
-    if config.predict.name != "none":
-        find_litter(config, run, device)
-        return
     data = load_data(config)
-    model, before, start = new_model(config, data, device)
-    metrics = describe(data, model, start)
-    first = judge(before, data.test, config, any_class=before is not model)
-    history = fit(model, data, config, run)
+    start = new_model(config, data, device)
+    open_run(run, config, data.name, data.train, data.val, data.test, plain_state(start.model))
+    metrics, first = describe(data, start), None
+    if config.compare:
+        any_class = start.before is not start.model
+        first = evaluate(start.before, data.test, config, any_class=any_class)
+        metrics["before"] = first.metrics
+    model = start.model
+    history = fit(model, data, start.pretrained, config, run)
 
-    judged = {"val": judge(model, data.val, config), "test": judge(model, data.test, config)}
-    threshold = working_confidence(judged["val"].counts, config.max_false_alarms)
-    save_detector(model, config, threshold, run)
-    metrics |= {"before": first.metrics} | report(judged, data, threshold)
-    metrics["timing"] = timing(history, data, judged["test"].seconds)
-    draw(first, judged["test"], history, data, metrics, run)
-    finish_run(run, config, dataset=data.name, headline=headline(metrics), metrics=metrics)
+    splits = {"val": data.val, "test": data.test}
+    evaluated = {name: evaluate(model, part, config) for name, part in splits.items()}
+    metrics |= summarise(evaluated, data, config)
+    metrics["timing"] = timing(history, data, evaluated["test"].seconds)
+    plot_results(first, evaluated, history, data, metrics, run)
+    save_model(model, config, metrics, run)
+    finish_run(
+        run,
+        config,
+        dataset=data.name,
+        headline=headline(metrics),
+        metrics=metrics,
+        use=f"python faster_rcnn_litter/predict.py {run} PHOTOGRAPH...",
+    )
 
 
 def load_data(config: Config) -> Data:
@@ -180,45 +194,42 @@ def load_data(config: Config) -> Data:
 # --- the network ------------------------------------------------------------------------------
 
 
-def new_model(config: Config, data: Data, device: torch.device) -> tuple[nn.Module, nn.Module, str]:
-    """The detector to train, the one that is "before", and in words what they begin with."""
+def new_model(config: Config, data: Data, device: torch.device) -> Start:
     seed_everything(config.seed, "initialisation")
-    sides = fit_anchors(torch.cat([one["boxes"] for one in data.train.y]))
-    start = "random weights"
-    if config.weights.name not in WORDS:
-        saved = read_detector(config.weights)
-        if (saved["architecture"], saved["classes"]) != (config.architecture, list(data.classes)):
-            raise DataError(f"weights: {config.weights} are of another architecture or classes")
-        model = restore(saved, config).to(device)
-        return model, model, f"weights of {config.weights.parent.name}/{config.weights.name}"
-    if config.weights.name == "coco" or (
-        config.weights.name == "auto" and config.architecture != "small"
-    ):
-        try:
-            find_coco_weights(config.architecture, config.data_dir)
-            before = build(config, len(data.classes), sides, coco=True)
-            model = copy.deepcopy(before)
-            replace_head(model, 1 + len(data.classes))
-            return model.to(device), before.to(device), "COCO weights"
-        except DataError as error:
-            if config.weights.name == "coco":
-                raise
-            start = f"random weights, as {error}"
-    model = build(config, len(data.classes), sides, coco=False).to(device)
-    return model, model, start
+    name, amp = config.weights.name, use_bfloat16(config)
+    options = {"sides": fit_anchors(torch.cat([one["boxes"] for one in data.train.y]))}
+    options |= {"classes": 1 + len(data.classes), "image_size": config.image_size}
+    if name == "none":
+        model = mix_precision(make_detector(config.architecture, **options), amp).to(device)
+        return Start(model, model, "random weights", False)
+    if name == "coco":
+        before = mix_precision(coco_detector(config, options), amp).to(device)
+        model = copy.deepcopy(before)
+        replace_head(model, 1 + len(data.classes))
+        return Start(model.to(device), before, "COCO weights", True)
+    saved = read_weights(config.weights)
+    wanted = {"project": PROJECT.name, "architecture": config.architecture}
+    wanted |= {"classes": list(data.classes)}
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            found = saved.get(key)
+            raise DataError(f"weights: {config.weights}: {key} {found} instead of {value}")
+    model = restore_detector(saved, amp).to(device)
+    return Start(model, model, f"weights of {config.weights.parent.name}", True)
 
 
-def build(config: Config, classes: int, sides: list[float], *, coco: bool) -> nn.Module:
-    """With `classes` and the background, or with COCO's. Raises DataError on broken weights."""
-    sampling = Sampling(
-        config.sampled_anchors, config.sampled_regions, config.proposals, config.test_proposals
-    )
-    options = {"classes": 1 + classes, "sampling": sampling, "sides": sides, "coco": coco}
+def coco_detector(config: Config, options: dict) -> nn.Module:
+    """With COCO's own 91 classes. Raises DataError if the weights cannot be had."""
+    from torchvision.models import get_model_weights  # imported where it is used: it is slow
+
+    url = get_model_weights(f"fasterrcnn_{config.architecture}").DEFAULT.url
+    pretrained_weights(url, config.data_dir)  # from here torchvision finds the file, verified
+    hub = torch.hub.get_dir()
     try:
-        model = make_detector(config.architecture, **options)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"COCO weights: {str(error).splitlines()[0]}") from error
-    return mix_precision(model, use_bfloat16(config))
+        torch.hub.set_dir(config.data_dir)
+        return make_detector(config.architecture, **options, coco=True)
+    finally:
+        torch.hub.set_dir(hub)
 
 
 def use_bfloat16(config: Config) -> bool:
@@ -228,107 +239,57 @@ def use_bfloat16(config: Config) -> bool:
     return config.precision == "bfloat16"
 
 
-def save_detector(model: nn.Module, config: Config, threshold: float, run: Path) -> None:
-    """All that --predict needs, in one file."""
-    saved = {"architecture": config.architecture, "classes": list(config.classes)}
-    saved |= {"image_size": config.image_size, "threshold": threshold, "eps": frozen_eps(model)}
-    saved["sides"] = [float(part[0]) for part in model.rpn.anchor_generator.sizes]
-    save(run / "detector.pt", saved | {"model": model.state_dict()})
-
-
-def read_detector(path: Path) -> dict:
-    """What save_detector wrote. Raises DataError if `path` is no such file."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        saved = None
-    if not isinstance(saved, dict) or not {"architecture", "threshold", "model"} <= saved.keys():
-        raise DataError(f"weights: expected the detector.pt of a run, found {path}")
-    return saved
-
-
-def restore(saved: dict, config: Config) -> nn.Module:
-    """The network of a detector.pt, with batch normalisation frozen if it was."""
-    config = replace(config, architecture=saved["architecture"])
-    model = build(config, len(saved["classes"]), saved["sides"], coco=False)
-    if saved["eps"] is not None:
-        freeze_batchnorm(model, saved["eps"])
-    model.load_state_dict(saved["model"])
-    return model
-
-
 # --- training ---------------------------------------------------------------------------------
 
 
-def fit(model: nn.Module, data: Data, config: Config, run: Path) -> list[dict]:
+def fit(model: nn.Module, data: Data, pretrained: bool, config: Config, run: Path) -> list[dict]:
     """Leaves the averaged weights of the best validation AP in `model`; returns a row per epoch."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     steps = math.ceil(len(data.train.x) / config.batch_size)
-    optimizer, schedule = make_optimizer(model, config, config.epochs * steps)
+    optimizer, schedule = make_optimizer(model, pretrained, config, config.epochs * steps)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, "train", parts)
-
-    def step(loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-
-    while len(history) < config.epochs and not stalled(history, config.patience):
-        epoch = len(history) + 1
-        seed_everything(config.seed, "train", epoch)
-        began = time.perf_counter()
-        row = {"stage": "train", "epoch": epoch}
-        row |= train_one_epoch(model, data.train, step, config, f"epoch {epoch}")
-        row["seconds"] = time.perf_counter() - began
-        validated = judge(average.module, data.val, config).metrics
-        row |= {f"val_{name}": validated[name] for name in ("ap", "ap50", "ar100")}
-        history.append(row)
-        if row["val_ap"] == max(earlier["val_ap"] for earlier in history):
-            save(run / "best.pt", average.module.state_dict())
-        save_checkpoint(run, "train", parts, history)
-        print("  ".join(f"{name} {x:.4g}" for name, x in row.items() if name != "stage"))
-    best = torch.load(run / "best.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return history
+    options = {"best": ("val_ap", max), "keep": "average", "patience": config.patience}
+    for row in epochs(run, "train", parts, config.epochs, config.seed, **options):
+        began, label = time.perf_counter(), f"epoch {row['epoch']}"
+        row |= train_one_epoch(model, average, data.train, optimizer, schedule, config, label)
+        row["train_seconds"] = time.perf_counter() - began
+        metrics = evaluate(average.module, data.val, config).metrics
+        row |= {f"val_{name}": metrics[name] for name in ("ap", "ap50", "ar100")}
+    model.load_state_dict(average.module.state_dict())
+    return read_rows(run, "train")
 
 
-def stalled(history: list[dict], patience: int) -> bool:
-    """Whether the last `patience` epochs brought no better validation AP."""
-    scores = [row["val_ap"] for row in history]
-    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
-
-
-def make_optimizer(model: nn.Module, config: Config, steps: int) -> tuple:
-    """Warm-up to the peak rate, then the schedule."""
+def make_optimizer(model: nn.Module, pretrained: bool, config: Config, steps: int) -> tuple:
+    """AdamW from random weights, SGD from pretrained ones; warm-up, then half a cosine to 0."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay)
+    if pretrained:
+        decay = config.pretrained_weight_decay
+        optimizer = torch.optim.SGD(weights, config.pretrained_lr, 0.9, weight_decay=decay)
     else:
-        optimizer = torch.optim.SGD(
-            weights, config.lr, momentum=0.9, weight_decay=config.weight_decay
-        )
+        optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay)
     rising = config.warmup * steps
 
     def factor(step: int) -> float:
         if step < rising:
             return (step + 1) / (rising + 1)
-        done = (step - rising) / (steps - rising)
-        if config.schedule == "cosine":
-            return (1 + math.cos(math.pi * done)) / 2
-        return 0.1 ** sum(step >= share * steps for share in (2 / 3, 8 / 9))
+        return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train_one_epoch(
-    model: nn.Module, pictures: Pictures, step: Callable, config: Config, label: str
+    model: nn.Module,
+    average: AveragedModel,
+    pictures: Pictures,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    config: Config,
+    label: str,
 ) -> dict[str, float]:
     """Mean loss per picture and its parts. Raises FloatingPointError if it was not finite."""
     model.train()
     device = next(model.parameters()).device
-    sums, steps = dict.fromkeys(LOSSES, 0.0), math.ceil(len(pictures.x) / config.batch_size)
+    sums, steps = [], math.ceil(len(pictures.x) / config.batch_size)
     drawn = training_batches(pictures, config.batch_size, config.jitter, device)
     for number, (x, y) in enumerate(tqdm(drawn, label, steps, leave=False, disable=None), start=1):
         parts = losses(model, x, y)
@@ -336,19 +297,22 @@ def train_one_epoch(
         # read at every step: from NaN the first stage's boxes would end in an index error
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"{label}: the loss is not finite at step {number}")
-        step(loss)
-        for name, part in parts.items():
-            sums[name] += part.item() * len(x)
-    means = {name: total / len(pictures.x) for name, total in sums.items()}
-    return {"train_loss": sum(means.values())} | means
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        sums.append(torch.stack([part.detach() for part in parts.values()]) * len(x))
+    means = (sum_losses(sums, label) / len(pictures.x)).tolist()
+    return {"train_loss": sum(means)} | dict(zip(LOSSES, means, strict=True))
 
 
 # --- evaluation -------------------------------------------------------------------------------
 
 
-def judge(
+def evaluate(
     model: nn.Module, pictures: Pictures, config: Config, *, any_class: bool = False
-) -> Judged:
+) -> Evaluation:
     """With `any_class` whatever the network finds counts as litter."""
     model.eval()
     device = next(model.parameters()).device
@@ -360,112 +324,111 @@ def judge(
     if any_class:
         predictions = as_one_class(predictions)
         y = [one | {"labels": torch.ones_like(one["labels"])} for one in y]
-    metrics, precision = coco_metrics(predictions, y)
-    return Judged(predictions, metrics, precision, count(predictions, y), seconds)
-
-
-# --- one's own photographs --------------------------------------------------------------------
-
-
-def find_litter(config: Config, run: Path, device: torch.device) -> None:
-    """Each photograph with its boxes as PNG, and boxes.csv in the photographs' own pixels."""
-    saved = read_detector(config.weights)
-    model = restore(saved, config).to(device).eval()
-    rows, photos, unreadable = [], list_photos(config.predict), 0
-    for path in tqdm(photos, "finding litter", leave=False, disable=None):
-        try:
-            picture, size = read_photo(path, saved["image_size"])
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            unreadable += 1
-            print(f"left out: {path} ({error})")
-            continue
-        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        found = above(detect(model, [x.to(device).float() / 255])[0], saved["threshold"])
-        plot_photo(x, found, saved["classes"], path.name, run / f"{path.stem}-litter.png")
-        factor = torch.tensor([size[0] / x.shape[2], size[1] / x.shape[1]] * 2)
-        corners = (found["boxes"] * factor).round(decimals=1).tolist()
-        for box, label, score in zip(corners, found["labels"], found["scores"], strict=True):
-            rows.append((path.name, saved["classes"][label - 1], f"{score:.4f}", *box))
-    with (run / "boxes.csv").open("w", newline="", encoding="utf-8") as file:
-        header = ("file", "class", "confidence", "x1", "y1", "x2", "y2")
-        csv.writer(file).writerows([header, *rows])
-    numbers = {
-        "photographs": len(photos) - unreadable,
-        "boxes": len(rows),
-        "threshold": saved["threshold"],
-    }
-    finish_run(run, config, dataset=config.predict.name, headline=numbers, metrics={})
+    metrics, precision = coco_metrics(predictions, y, pictures.ignored)
+    counted = list(map(outside, predictions, pictures.ignored))
+    return Evaluation(counted, metrics, precision, count(counted, y), seconds)
 
 
 # --- report -----------------------------------------------------------------------------------
 
 
-def describe(data: Data, model: nn.Module, start: str) -> dict:
+def describe(data: Data, start: Start) -> dict:
     """metrics.json's numbers on the data and the network."""
-    numbers = {"note": data.note, "start": start}
+    numbers = {"note": data.note, "start": start.about}
     for name in ("train", "val", "test"):
-        pieces = [len(one["boxes"]) for one in getattr(data, name).y]
-        numbers[name] = {"pictures": len(pieces), "clean": pieces.count(0), "boxes": sum(pieces)}
-        if name != "train" and pieces.count(0) < 50:
-            print(f"{name}: {pieces.count(0)} clean pictures are few to count false alarms on")
+        counts = [len(one["boxes"]) for one in getattr(data, name).y]
+        numbers[name] = {"pictures": len(counts), "clean": counts.count(0), "boxes": sum(counts)}
+        if name != "train" and counts.count(0) < 50:
+            few = f"{name}: {counts.count(0)} clean pictures are few"
+            print(f"{few} to count false positives on")
     boxes = torch.cat([one["boxes"] for one in data.train.y])
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
     numbers["box_sides"] = sides.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    anchors = sorted({float(side) for level in model.rpn.anchor_generator.sizes for side in level})
+    levels = start.model.rpn.anchor_generator.sizes
+    anchors = sorted({float(side) for level in levels for side in level})
     fit = float((anchor_overlap(boxes, anchors) >= 0.5).double().mean())
     numbers |= {"anchor_sides": anchors, "boxes_with_anchor_of_iou_50": fit}
-    numbers["parameters"] = sum(part.numel() for part in model.parameters())
-    print(f"start: {start}; {fit:.0%} of the boxes have an anchor of IoU 0.5")
+    numbers["parameters"] = sum(part.numel() for part in start.model.parameters())
+    print(f"start: {start.about}; {fit:.0%} of the boxes have an anchor of IoU 0.5")
     return {"data": numbers}
 
 
-def report(judged: dict[str, Judged], data: Data, threshold: float) -> dict:
-    """metrics.json's numbers of the trained network."""
-    metrics = {"threshold": threshold}
-    for split, one in judged.items():
+def summarise(evaluated: dict[str, Evaluation], data: Data, config: Config) -> dict:
+    """metrics.json's numbers of the trained network; both confidences are chosen on validation."""
+    counts = evaluated["val"].counts
+    threshold = working_confidence(counts, config.max_false_positives)
+    best = working_confidence(counts)
+    metrics = {"threshold": threshold, "best_f1_threshold": best}
+    for split, one in evaluated.items():
         metrics[split] = one.metrics | at_confidence(one.counts, threshold)
-    test, kept = data.test, [above(one, threshold) for one in judged["test"].predictions]
+        metrics[split] |= {f"best_f1_{k}": v for k, v in at_confidence(one.counts, best).items()}
+        by_label = metrics[split].pop("ap_per_label")
+        if len(data.classes) > 1:
+            names = dict(enumerate(data.classes, start=1))
+            metrics[split]["ap_per_class"] = {names[int(k)]: v for k, v in by_label.items()}
+    test, kept = data.test, [above(one, threshold) for one in evaluated["test"].predictions]
     if test.confounders:
-        counts = alarms_on(test.confounders, kept, test.y, len(CONFOUNDERS))
-        shares = [alarmed / max(there, 1) for there, alarmed in zip(*counts, strict=True)]
-        metrics["confounders_with_false_alarm"] = dict(zip(CONFOUNDERS, shares, strict=True))
+        numbers = false_positives_on(test.confounders, kept, test.y, len(CONFOUNDERS))
+        shares = [taken / max(there, 1) for there, taken in zip(*numbers, strict=True)]
+        metrics["confounders_with_false_positive"] = dict(zip(CONFOUNDERS, shares, strict=True))
     return metrics
 
 
 def timing(history: list[dict], data: Data, seconds: float) -> dict[str, float]:
     return {
-        "train_images_per_second": len(data.train.x) / median(row["seconds"] for row in history),
+        "train_images_per_second": len(data.train.x)
+        / median(row["train_seconds"] for row in history),
         "predict_images_per_second": len(data.test.x) / seconds,
     }
 
 
+def save_model(model: nn.Module, config: Config, metrics: dict, run: Path) -> None:
+    """model.pt: all that predict.py needs; its weights load into torchvision's own detector."""
+    description = {
+        "project": "faster_rcnn_litter",
+        "architecture": config.architecture,
+        "classes": list(config.classes),
+        "image_size": config.image_size,
+        "threshold": metrics["threshold"],
+        "best_f1_threshold": metrics["best_f1_threshold"],
+        "eps": frozen_eps(model),
+        "sides": [float(part[0]) for part in model.rpn.anchor_generator.sizes],
+        "weights": plain_state(model),
+    }
+    save(run / "model.pt", description)
+
+
 def headline(metrics: dict) -> dict[str, float]:
-    numbers = {name: metrics["test"][name] for name in ("ap", "ap50", "ar100")}
-    alarms = metrics["test"]["false_alarms_per_clean_image"]
-    if alarms is not None:
-        numbers["false_alarms_per_clean_image"] = alarms
-    return numbers | {"threshold": metrics["threshold"]}
+    names = ("ap50", "ap", "precision", "recall", "false_positives_per_clean_image")
+    numbers = {name: metrics["test"][name] for name in names}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
-def draw(
-    before: Judged, after: Judged, history: list[dict], data: Data, metrics: dict, run: Path
+def plot_results(
+    before: Evaluation | None,
+    evaluated: dict[str, Evaluation],
+    history: list[dict],
+    data: Data,
+    metrics: dict,
+    run: Path,
 ) -> None:
-    test, threshold = data.test, metrics["threshold"]
-    result = f"AP50 {after.metrics['ap50']:.2f}, AP {after.metrics['ap']:.2f}"
-    title = f"{data.name}: test {result}"
-    plot_curves(history, title, run / "curves.png")
+    test, threshold, after = data.test, metrics["threshold"], evaluated["test"]
+    title = f"{data.name}: test AP50 {after.metrics['ap50']:.2f}, AP {after.metrics['ap']:.2f}"
+    try_plot(plot_curves, history, title, run / "curves.png")
     point = {"confidence": threshold} | metrics["test"]
-    start = metrics["data"]["start"].split(",")[0]
-    curves = {f"before training: {start}": before.precision, "after training": after.precision}
-    plot_precision_recall(curves, point, title, run / "precision_recall.png")
+    curves = {"after training": after.precision}
+    if before:
+        curves = {f"before training: {metrics['data']['start']}": before.precision} | curves
+    try_plot(plot_precision_recall, curves, point, title, run / "precision_recall.png")
+    counts = {name: one.counts for name, one in evaluated.items()}
+    scores = {name: (one.confidence, f1_scores(one)) for name, one in counts.items()}
+    try_plot(plot_f1, scores, metrics, title, run / "f1.png")
     kept = [above(one, threshold) for one in after.predictions]
-    plot_examples(test.x, test.y, before.predictions, kept, title, run / "examples.png")
-    alarms, misses = mistakes(kept, test.y)
-    plot_mistakes(test.x, alarms, misses, title, run / "mistakes.png")
+    outcomes = list(map(outcome, kept, test.y))
+    try_plot(plot_detections, test.x, outcomes, title, run / "examples.png")
+    wrong, misses = mistakes(kept, test.y)
+    try_plot(plot_mistakes, test.x, wrong, misses, title, run / "mistakes.png")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)
