@@ -1,21 +1,15 @@
-"""One ResNet trunk with two heads, batches of P classes x K pictures, and triplet mining.
+"""One trunk with two heads, triplet mining, and the triplet loss.
 
 Hermans, Beyer & Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (equation
 numbers are theirs); semi-hard negatives: Schroff et al. 2015, "FaceNet"; ResNet: He et al. 2016.
 """
 
 import math
-import threading
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-WEIGHTS_HOST = "https://download.pytorch.org"
 
 
 class Outputs(NamedTuple):
@@ -87,89 +81,6 @@ def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
 
 def conv(before: int, after: int, size: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, size, stride, size // 2, bias=False)
-
-
-def imagenet_weights(resnet: str) -> dict[str, Tensor]:
-    """torchvision's weights, downloaded and verified once. Raises OSError if they cannot be had."""
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(resnet).IMAGENET1K_V1
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    reason = f"ImageNet weights of {resnet} are not at hand and could not be downloaded"
-    if not kept.exists() and not reachable(WEIGHTS_HOST):
-        raise OSError(f"{reason}: {WEIGHTS_HOST} does not answer")
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{reason}: {error}") from error
-
-
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-# --- batches of P classes x K pictures --------------------------------------------------------
-
-
-def pk_batches(y: Tensor, classes: int, pictures: int) -> list[Tensor]:
-    """Batches of numbers: `pictures` of each of `classes` classes of y (N,), every number in one.
-
-    Each class, shuffled, is cut into runs of K; a batch takes a run of each of the P classes with
-    most runs left. What a run or a class lacks is drawn again from the class.
-    """
-    members = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
-    runs = [cut_into_runs(mine, pictures) for mine in members]
-    batches = []
-    while any(runs):
-        left = torch.tensor([len(mine) for mine in runs]) + torch.rand(len(runs)) / 2
-        chosen = left.topk(min(classes, len(runs))).indices.tolist()
-        parts = [runs[c].pop() if runs[c] else draw(members[c], pictures) for c in chosen]
-        batches.append(torch.cat(parts))
-    return batches
-
-
-def cut_into_runs(numbers: Tensor, length: int) -> list[Tensor]:
-    """`numbers`, shuffled, in runs of `length`; the last is filled with numbers drawn again."""
-    shuffled = numbers[torch.randperm(len(numbers))]
-    return list(torch.cat((shuffled, draw(numbers, -len(numbers) % length))).split(length))
-
-
-def draw(numbers: Tensor, count: int) -> Tensor:
-    return numbers[torch.randint(len(numbers), (count,))]
-
-
-def count_batches(y: Tensor, classes: int, pictures: int) -> int:
-    """How many batches pk_batches makes."""
-    runs = [math.ceil(count / pictures) for count in y.bincount().tolist()]
-    return max(max(runs), math.ceil(sum(runs) / min(classes, len(runs))))
-
-
-def augment(x: Tensor) -> Tensor:
-    """Random mirroring, rotation, zoom and shift (the border is reflected), light and colour."""
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, device=x.device)
-
-    count = len(x)
-    angle, zoom = uniform(-math.pi, math.pi, count), uniform(0.8, 1.1, count)
-    mirrored = uniform(-1, 1, count).sign()
-    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), uniform(-0.12, 0.12, 2, count)
-    rows = (torch.stack((cos * mirrored, -sin, shift[0]), 1),)
-    rows += (torch.stack((sin * mirrored, cos, shift[1]), 1),)
-    points = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)
-    gain = uniform(0.75, 1.25, count, 1, 1, 1) * uniform(0.92, 1.08, count, 3, 1, 1)
-    return ((x - 0.5) * gain + 0.5 + uniform(-0.12, 0.12, count, 1, 1, 1)).clamp(0, 1)
 
 
 # --- mining and loss --------------------------------------------------------------------------

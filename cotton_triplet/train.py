@@ -7,13 +7,12 @@ Run it with `python cotton_triplet/train.py`, or `python cotton_triplet/train.py
 """
 
 import copy
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,26 +20,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Data, DataError, Examples, batches, load
+from data import (
+    Data,
+    DataError,
+    Examples,
+    augment,
+    batches,
+    count_batches,
+    load,
+    pk_batches,
+    pretrained_weights,
+)
 from model import (
     Outputs,
     TwoHeads,
     active_share,
-    augment,
     collapsed,
-    count_batches,
     euclidean,
-    imagenet_weights,
     make_trunk,
     mean_distance,
     mean_or_zero,
     mine,
-    pk_batches,
     resting_loss,
     triplet_losses,
 )
 from plots import plot_confusion, plot_curves, plot_film, plot_maps, plot_triplets
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from run import (
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    read_torch,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
 PARTS = ("train", "val", "test")
 METHODS = {"both": "both terms", "no_triplet": "no triplet term", "no_cls": "no cls term"}
@@ -49,53 +71,67 @@ BATCH = 256  # images at a time where nothing is learned
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "folder", "leaves"]
+    dataset: Literal["leaves", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    image_size: int
-    leaf_count: int
-    same_bits: int
+    seed: Seed
+    image_size: Annotated[int, ">= 16", "<= 1024"]
+    leaf_count: Annotated[int, ">= 60", "<= 1000000"]
+    same_bits: Annotated[int, ">= 0", "<= 128"]
     resnet: Literal["small", "resnet18", "resnet34", "resnet50"]
-    widths: tuple[int, ...]
-    weights: Literal["auto", "imagenet", "none"]
+    widths: tuple[Width, ...]
+    weights: Literal["none", "imagenet"]
     precision: Literal["auto", "float32", "bfloat16"]
-    embedding_size: int
-    triplet_weight: float
+    embedding_size: Annotated[int, ">= 2", "<= 4096"]
+    triplet_weight: Annotated[float, ">= 0", "<= 1"]
     mining: Literal["hard", "semihard", "all"]
-    margin: float
+    margin: Annotated[float, "> 0", "<= 1000"]
     soft_margin: bool
-    classes_per_batch: int
-    pictures_per_class: int
-    epochs: int
-    lr: float
-    weight_decay: float
+    classes_per_batch: Annotated[int, ">= 2", "<= 1000"]
+    pictures_per_class: Annotated[int, ">= 2", "<= 1000"]
+    epochs: Epochs
+    lr: Rate
+    weight_decay: Decay
     ablation: bool
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "same_bits": 0, "weight_decay": 0, "triplet_weight": 0}
-        least |= {"image_size": 16, "leaf_count": 60, "embedding_size": 2}
-        least |= {"classes_per_batch": 2, "pictures_per_class": 2}
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (bool, str, Path)):
-                continue
-            if name in least and min(numbers) < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {min(numbers)}")
-            if name not in least and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-        for name, most in (("triplet_weight", 1), ("same_bits", 128)):
-            if getattr(self, name) > most:
-                raise ValueError(f"{name}: expected at most {most}, found {getattr(self, name)}")
         if self.resnet == "small" and self.weights == "imagenet":
-            raise ValueError("weights: expected auto | none with resnet small, found 'imagenet'")
+            raise ValueError("weights: expected none with resnet small, found 'imagenet'")
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
+    data = load_data(config, device)
+    state = pretrained(config)
+    open_run(run, config, data.name, data.classes, data.train, data.val, data.test)
+    weights = {"both": config.triplet_weight, "no_triplet": 0.0, "no_cls": 1.0}
+    models, said, metrics = {}, {}, {}
+    for method in METHODS if config.ablation else ["both"]:
+        models[method] = new_model(data, config, state, device)
+        fit(models[method], method, weights[method], data, config, run)
+        said[method] = {part: predict(models[method], getattr(data, part)) for part in PARTS}
+        metrics[method] = test_numbers(said[method], data)
+    rows = read_rows(run, "both")
+    metrics["data"] = data.numbers | {part: len(getattr(data, part).x) for part in PARTS}
+    metrics["parameters"] = sum(part.numel() for part in models["both"].parameters())
+    metrics["collapsed_epochs"] = sum(row["collapsed"] for row in rows)
+    metrics["timing"] = timing(models["both"], rows, data, config)
+    plot_results(metrics, said, rows, data, config, run)
+    save_model(models["both"], said["both"]["train"], data, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=data.name,
+        headline=headline(metrics),
+        metrics=metrics,
+        use=f"python cotton_triplet/predict.py {run} PICTURE...",
+    )
+
+
+def load_data(config: Config, device: torch.device) -> Data:
     data = load(
         dataset=config.dataset,
         data_dir=config.data_dir,
@@ -105,41 +141,20 @@ def main() -> None:
         seed=config.seed,
     )
     print(data.note)
-    data = data.to(device)
-    state = pretrained(config)
-
-    weights = {"both": config.triplet_weight, "no_triplet": 0.0, "no_cls": 1.0}
-    models, rows, said, metrics = {}, {}, {}, {}
-    for method in METHODS if config.ablation else ["both"]:
-        models[method] = new_model(data, config, state, device)
-        rows[method] = fit(models[method], method, weights[method], data, config, run)
-        said[method] = {part: say(models[method], getattr(data, part)) for part in PARTS}
-        metrics[method] = judge(said[method], data)
-    metrics["data"] = data.numbers | {part: len(getattr(data, part).x) for part in PARTS}
-    metrics["parameters"] = sum(part.numel() for part in models["both"].parameters())
-    metrics["collapsed_epochs"] = sum(row["collapsed"] for row in rows["both"])
-    metrics["timing"] = timing(models["both"], rows["both"], data, config)
-    draw(metrics, said, rows["both"], data, config, run)
-    finish_run(run, config, dataset=data.name, headline=headline(metrics), metrics=metrics)
+    return data.to(device)
 
 
 # --- training ---------------------------------------------------------------------------------
 
 
 def pretrained(config: Config) -> dict | None:
-    """ImageNet weights, or None. Raises OSError if they were asked for and cannot be had."""
-    if config.weights == "none" or config.resnet == "small":
-        print("weights: random ones")
+    """ImageNet weights, None for random ones. Raises DataError if they cannot be had."""
+    from torchvision.models import get_model_weights  # imported where it is used: it is slow
+
+    if config.weights == "none":
         return None
-    try:
-        state = imagenet_weights(config.resnet)
-        print(f"weights: {config.resnet}'s of ImageNet")
-        return state
-    except OSError as error:
-        if config.weights == "imagenet":
-            raise
-        print(f"weights: random ones ({error})")
-        return None
+    url = get_model_weights(config.resnet).IMAGENET1K_V1.url
+    return pretrained_weights(url, config.data_dir)
 
 
 def new_model(data: Data, config: Config, state: dict | None, device: torch.device) -> TwoHeads:
@@ -159,8 +174,8 @@ def use_bfloat16(config: Config) -> bool:
 
 def fit(
     model: TwoHeads, method: str, triplet_weight: float, data: Data, config: Config, run: Path
-) -> list[dict]:
-    """Leaves the weights of the best validation score in `model`; returns a row per epoch.
+) -> None:
+    """Leaves the weights of the best validation score in `model`.
 
     The score weighs accuracy and precision@1 as the loss weighs its two terms.
     """
@@ -172,57 +187,45 @@ def fit(
     total = config.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, method, parts)
-    rows = [row for row in history if row["stage"] == method]
-
-    def step(loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    for epoch in range(len(rows) + 1, config.epochs + 1):
-        seed_everything(config.seed, epoch)  # each method sees the same pictures
-        began, label = time.perf_counter(), f"{method} epoch {epoch}"
-        numbers = train_one_epoch(model, data.train, triplet_weight, config, step, label)
-        row = {"stage": method, "epoch": epoch, "seconds": time.perf_counter() - began} | numbers
-        said = say(model, data.val)
-        row |= validate(said, data.val.y, triplet_weight)
-        rows.append(row)
-        history.append(row)
-        if row["val_score"] == max(earlier["val_score"] for earlier in rows):
-            save(run / f"{method}.pt", model.state_dict())
-        keep_frame(run / f"film-{method}.pt", epoch, said.embedding.cpu())
-        save_checkpoint(run, method, parts, history)
-        print("  ".join([method, *(f"{n} {x:.4g}" for n, x in list(row.items())[1:])]))
+    for row in epochs(run, method, parts, config.epochs, config.seed, best=("val_score", max)):
+        seed_everything(config.seed, row["epoch"])  # each method sees the same pictures
+        began, label = time.perf_counter(), f"{method} epoch {row['epoch']}"
+        order = pk_batches(y, config.classes_per_batch, config.pictures_per_class)
+        row |= train_one_epoch(
+            model, data.train, order, optimizer, schedule, triplet_weight, config, label
+        )
+        row["train_seconds"] = time.perf_counter() - began
+        outputs = predict(model, data.val)
+        row |= evaluate(outputs, data.val.y, triplet_weight)
+        keep_frame(run / f"film-{method}.pt", row["epoch"], outputs.embedding.cpu())
         if row["collapsed"] and triplet_weight:
             print(
                 f"warning: the embedding is collapsed: a loss of {row['train_triplet_loss']:.3f} "
                 "is that of a single point; if it stays so: semihard mining, or a smaller lr"
             )
-    best = torch.load(run / f"{method}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return rows
 
 
 def keep_frame(path: Path, epoch: int, embedding: Tensor) -> None:
     """Add what an epoch made of the validation images to the film strip's file."""
-    frames = torch.load(path, weights_only=True) if path.exists() else {}
+    frames = read_torch(path) if path.exists() else {}
     save(path, frames | {epoch: embedding})
 
 
 def train_one_epoch(
     model: TwoHeads,
     train: Examples,
+    order: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
     triplet_weight: float,
     config: Config,
-    step: Callable[[Tensor], None],
     label: str,
 ) -> dict[str, float]:
-    """Means over the epoch's batches, all of one size. Raises FloatingPointError if not finite."""
+    """Means over the batches of `order`, all of one size. Raises FloatingPointError if a loss was
+    not finite.
+    """
     model.train()
     half, margin = use_bfloat16(config), margin_of(config)
-    order = pk_batches(train.y.cpu(), config.classes_per_batch, config.pictures_per_class)
     sums = []
     for chosen in tqdm(order, label, leave=False, disable=None):
         chosen = chosen.to(train.x.device)
@@ -231,7 +234,11 @@ def train_one_epoch(
         cls_loss = F.cross_entropy(out.logits, y)
         losses = triplet_losses(out.embedding, mine(out.embedding, y, config.mining), margin)
         triplet_loss = mean_or_zero(losses, out.embedding)
-        step((1 - triplet_weight) * cls_loss + triplet_weight * triplet_loss)
+        loss = (1 - triplet_weight) * cls_loss + triplet_weight * triplet_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
         watched = (
             cls_loss,
             triplet_loss,
@@ -239,12 +246,9 @@ def train_one_epoch(
             mean_distance(out.embedding),
         )
         sums.append(torch.stack([number.detach() for number in watched]))
-    sums = torch.stack(sums)  # read once per epoch: the loop never waits for the device
-    if not sums.isfinite().all():
-        first = int((~sums.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
     names = ("train_cls_loss", "train_triplet_loss", "active_triplets", "mean_distance")
-    row = dict(zip(names, sums.mean(0).tolist(), strict=True))
+    means = sum_losses(sums, label) / len(order)
+    row = dict(zip(names, means.tolist(), strict=True))
     row["collapsed"] = int(collapsed(row["train_triplet_loss"], row["mean_distance"], margin))
     return row
 
@@ -257,14 +261,14 @@ def margin_of(config: Config) -> float | None:
 
 
 @torch.no_grad()
-def say(model: TwoHeads, examples: Examples) -> Outputs:
+def predict(model: TwoHeads, examples: Examples) -> Outputs:
     """What the model says of all examples, in float32."""
     model.eval()
     parts = [model(x) for x, _ in batches(examples, BATCH)]
     return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def validate(said: Outputs, y: Tensor, triplet_weight: float) -> dict[str, float]:
+def evaluate(said: Outputs, y: Tensor, triplet_weight: float) -> dict[str, float]:
     """Of the validation images; each one's nearest neighbour is sought among the others."""
     distance = torch.cdist(said.embedding, said.embedding).fill_diagonal_(torch.inf)
     precision = float((y[distance.argmin(1)] == y).double().mean())
@@ -277,7 +281,7 @@ def validate(said: Outputs, y: Tensor, triplet_weight: float) -> dict[str, float
     }
 
 
-def judge(said: dict[str, Outputs], data: Data) -> dict:
+def test_numbers(said: dict[str, Outputs], data: Data) -> dict:
     """metrics.json's numbers on the test images, which are used here and nowhere before."""
     from sklearn.metrics import confusion_matrix, f1_score  # imported where used: they are slow
 
@@ -351,27 +355,42 @@ def headline(metrics: dict) -> dict[str, float]:
     return numbers | {name: both["embedding"][name] for name in ("precision_at_1", "silhouette")}
 
 
-def draw(
+def save_model(model: TwoHeads, outputs: Outputs, data: Data, config: Config, run: Path) -> None:
+    """model.pt: all that predict.py needs."""
+    description = {
+        "project": "cotton_triplet",
+        "resnet": config.resnet,
+        "widths": list(config.widths),
+        "image_size": config.image_size,
+        "embedding_size": config.embedding_size,
+        "classes": list(data.classes),
+        "weights": model.state_dict(),
+    }
+    save(run / "model.pt", description)
+
+
+def plot_results(
     metrics: dict, said: dict, rows: list[dict], data: Data, config: Config, run: Path
 ) -> None:
     both = metrics["both"]
     title = f"{data.name}: test accuracy {both['accuracy']:.3f}, "
     title += f"precision@1 {both['embedding']['precision_at_1']:.3f}"
-    plot_curves(rows, resting_loss(margin_of(config)), title, run / "curves.png")
-    plot_confusion(both["confusion"], data.classes, title, run / "confusion.png")
+    try_plot(plot_curves, rows, resting_loss(margin_of(config)), title, run / "curves.png")
+    try_plot(plot_confusion, both["confusion"], data.classes, title, run / "confusion.png")
     maps = {METHODS[method]: lay_out(said[method], data) for method in said}
     first = METHODS["both"]
     axis = "dimension" if config.embedding_size == 2 else "component"
-    plot_maps({first: maps[first]}, data.classes, axis, title, run / "embedding.png")
+    try_plot(plot_maps, {first: maps[first]}, data.classes, axis, title, run / "embedding.png")
     if config.ablation:
         what = f"{data.name}: the embedding with and without each term of the loss"
-        plot_maps(maps, data.classes, axis, what, run / "ablation.png")
-    frames = torch.load(run / "film-both.pt", weights_only=True)
+        try_plot(plot_maps, maps, data.classes, axis, what, run / "ablation.png")
+    frames = read_torch(run / "film-both.pt")
     plane = in_plane(frames[max(frames)])
     frames = {epoch: plane(points) for epoch, points in frames.items()}
-    plot_film(frames, data.val.y.cpu().numpy(), data.classes, axis, data.name, run / "film.png")
+    labels = data.val.y.cpu().numpy()
+    try_plot(plot_film, frames, labels, data.classes, axis, data.name, run / "film.png")
     triplets = hardest_triplets(said["both"]["test"].embedding, data.test)
-    plot_triplets(triplets, data.classes, title, run / "triplets.png")
+    try_plot(plot_triplets, triplets, data.classes, title, run / "triplets.png")
 
 
 def in_plane(points: Tensor) -> Callable[[Tensor], np.ndarray]:
@@ -412,7 +431,4 @@ def hardest_triplets(embedding: Tensor, examples: Examples) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)
