@@ -667,6 +667,15 @@ def keep_apart(splits: list[str], groups: Tensor) -> tuple[dict[str, Tensor], in
     return parts, left_out
 
 
+def read_program(name: str, data_dir: Path) -> bytes:
+    """The exported network `name`, a path, or a file of data_dir/checkpoints."""
+    paths = [Path(name).expanduser(), data_dir / "checkpoints" / name]
+    for path in paths:
+        if path.is_file():
+            return path.read_bytes()
+    raise DataError(f"resnet: there is neither {paths[0]} nor {paths[1]}")
+
+
 # --- batches ----------------------------------------------------------------------------------
 
 
@@ -726,3 +735,11 @@ def batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tenso
     """Float images (B, 3, S, S) in [0, 1] and their classes, in order, as they are."""
     for x, y in zip(examples.x.split(batch_size), examples.y.split(batch_size), strict=True):
         yield x.float() / 255, y
+
+
+def thumbnails(x: Tensor, size: int = 48) -> Tensor:
+    """uint8 images (N, 3, S, S) at `size` pixels, or as they are if they are smaller."""
+    if x.shape[2] <= size:
+        return x
+    parts = [F.interpolate(part.float(), (size, size), mode="area") for part in x.split(256)]
+    return torch.cat([part.round().byte() for part in parts])

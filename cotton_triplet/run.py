@@ -436,17 +436,19 @@ def epochs(
     keep: str = "model",
     patience: int | None = None,
     first: int = 1,
+    every: float = 0.0,
 ) -> Iterator[dict]:
     """A row of history.csv for each epoch that is left to do; the caller trains and fills it.
 
     `parts` (name to anything with state_dict) are put into the state of the last checkpoint, saved
-    after each epoch, and left with the weights of part `keep` from the epoch that was `best`, as
-    ("val_loss", min), of the last one without it. Without a better one for `patience` epochs the
-    stage ends. Seeds are set anew from (seed, stage, epoch): a resumed epoch draws what it
-    would have drawn. Raises FloatingPointError if the loss or the score is not finite.
+    after each epoch, at most once in `every` seconds. In the end part `keep` has its weights from
+    the epoch that was `best`, as ("val_loss", min), or from the last one. Without a better one for
+    `patience` epochs the stage ends. Seeds are set anew from (seed, stage, epoch): a resumed epoch
+    draws what it would have drawn. Raises FloatingPointError if loss or score are not finite.
     """
     history = load_checkpoint(run, stage, parts)
     rows = [row for row in history if row["stage"] == stage]
+    saved = time.perf_counter()
     while len(rows) <= count - first and not stalled(rows, best, patience):
         epoch = first + len(rows)
         seed_everything(seed, stage, epoch)
@@ -459,7 +461,10 @@ def epochs(
         history.append(row)
         if best is None or row[best[0]] == best[1](old[best[0]] for old in rows):
             save(run / f"{stage}.pt", parts[keep].state_dict())
-        save_checkpoint(run, stage, parts, history)
+        over = len(rows) > count - first or stalled(rows, best, patience)
+        if over or time.perf_counter() - saved >= every:
+            save_checkpoint(run, stage, parts, history)
+            saved = time.perf_counter()
         numbers = [f"{name} {x:.4g}" for name, x in row.items() if isinstance(x, (int, float))]
         print("  ".join([stage, *numbers]))
     parts[keep].load_state_dict(read_torch(run / f"{stage}.pt"))
