@@ -7,8 +7,10 @@ numbers are theirs); semi-hard negatives: Schroff et al. 2015, "FaceNet"; MAP@R:
 
 import io
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -334,3 +336,13 @@ def retrieval_scores(
         average += float((kept.cumsum(1) / rank * kept).sum(1).div(total[:, 0].clamp(min=1)).sum())
         right += float(hits[:, 0].sum())
     return {"precision_at_1": right / len(queries), "map_at_r": average / len(queries)}
+
+
+def in_plane(points: Tensor) -> Callable[[Tensor], np.ndarray]:
+    """What takes points (M, D) to the plane: principal components of `points`, if D is over 2."""
+    from sklearn.decomposition import PCA  # imported where it is used: it is slow
+
+    if points.shape[1] == 2:
+        return lambda others: others.cpu().numpy()
+    components = PCA(2).fit(points.cpu().numpy())
+    return lambda others: components.transform(others.cpu().numpy())

@@ -8,7 +8,6 @@ Run it with `python cotton_triplet/train.py`, or `python cotton_triplet/train.py
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,6 +36,7 @@ from model import (
     Outputs,
     TwoHeads,
     collapsed,
+    in_plane,
     make_trunk,
     mine,
     nearest,
@@ -500,16 +500,6 @@ def plot_results(
     try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
     found = neighbours(outputs["both"], data)
     try_plot(plot_retrieval, found, data.classes, title, run / "retrieval.png")
-
-
-def in_plane(points: Tensor) -> Callable[[Tensor], np.ndarray]:
-    """What takes points (M, D) to the plane: principal components of `points`, if D is over 2."""
-    from sklearn.decomposition import PCA
-
-    if points.shape[1] == 2:
-        return lambda others: others.cpu().numpy()
-    components = PCA(2).fit(points.cpu().numpy())
-    return lambda others: components.transform(others.cpu().numpy())
 
 
 def film_strip(path: Path) -> dict[int, np.ndarray]:
