@@ -180,24 +180,16 @@ def relative(distance: Tensor) -> Tensor:
     return distance / (distance.sum() / max(1, count * (count - 1))).clamp(min=1e-12)
 
 
-class Openness(NamedTuple):
-    """() Means over the pairs of a batch, of one class and of two."""
-
-    within: Tensor
-    between: Tensor
-
-    def ratio(self) -> Tensor:
-        """1 of a map without any order, 0 where each class is a point; 1 without such pairs."""
-        ratio = self.within / self.between.clamp(min=1e-12)
-        return torch.where(self.between.isnan() | self.within.isnan(), 1, ratio)
-
-
 @torch.no_grad()
-def openness(distance: Tensor, y: Tensor) -> Openness:
+def within_to_between(distance: Tensor, y: Tensor) -> Tensor:
+    """() The mean distance of two of one class by that of two of different ones: 1 of a map without
+    any order (or without such pairs), 0 where each class is a point.
+    """
     same = y[:, None] == y
     positive = same & other_pairs(len(y), y.device)
     within, between = ((distance * where).sum() / where.sum() for where in (positive, ~same))
-    return Openness(within, between)
+    ratio = within / between.clamp(min=1e-12)
+    return torch.where(ratio.isnan(), 1, ratio)
 
 
 # --- mining and loss --------------------------------------------------------------------------
@@ -242,18 +234,18 @@ def margin_loss(gap: Tensor, margin: float | None) -> Tensor:
     return F.softplus(gap) if margin is None else (gap + margin).clamp(min=0)
 
 
-def mined_losses(distance: Tensor, y: Tensor, mining: str, margin: float | None) -> Tensor:
-    """Each mined triplet's loss (T,)."""
+def mined_gaps(distance: Tensor, y: Tensor, mining: str) -> Tensor:
+    """d(a, p) - d(a, n) (T,) of each mined triplet."""
     anchor, positive, negative = mine(distance, y, mining)
-    return margin_loss(distance[anchor, positive] - distance[anchor, negative], margin)
+    return distance[anchor, positive] - distance[anchor, negative]
 
 
-def all_losses(distance: Tensor, y: Tensor, margin: float | None) -> Tensor:
-    """The loss (T,) of every triplet of the batch: "batch all", eq. 6."""
+def all_gaps(distance: Tensor, y: Tensor) -> Tensor:
+    """d(a, p) - d(a, n) (T,) of every triplet of the batch: "batch all", eq. 6."""
     same = y[:, None] == y
     anchor, positive = (same & other_pairs(len(y), y.device)).nonzero().T
     gap = distance[anchor, positive][:, None] - distance[anchor]
-    return margin_loss(gap.masked_select(~same[anchor]), margin)
+    return gap.masked_select(~same[anchor])
 
 
 class Mined(NamedTuple):
@@ -266,21 +258,22 @@ class Mined(NamedTuple):
 
 def triplet_loss(distance: Tensor, y: Tensor, mining: str, margin: float | None) -> Mined:
     """Of a batch with distances (N, N). `gradual` goes from `all` to `hard` as the map opens:
-    (1 - h) all + h hard, with h = 1 - ratio of the distances within classes to those between.
+    (1 - h) all + h hard, with h the share of anchors that reach the goal of batch hard, farthest
+    positive nearer than nearest negative.
 
     Batch hard alone collapses: on a map without order its gradients, of outliers only, pull all
-    together. With h it begins where there is some order, and is left should the order be lost.
+    together. With h it begins where there is order, and is left again should the order be lost.
     """
     if mining in ("hard", "semihard"):
-        losses = mined_losses(distance, y, mining, margin)
+        losses = margin_loss(mined_gaps(distance, y, mining), margin)
         share = torch.full_like(distance[0, 0], float(mining == "hard"))
         return Mined(mean_or_zero(losses, distance), active_share(losses, margin), share)
-    losses = all_losses(distance, y, margin)
+    losses = margin_loss(all_gaps(distance, y), margin)
     loss, share = mean_or_zero(losses[losses > 0], distance), torch.zeros_like(distance[0, 0])
-    if mining == "gradual":
-        share = (1 - openness(distance, y).ratio()).clamp(0, 1)
-        hard = mean_or_zero(mined_losses(distance, y, "hard", margin), distance)
-        loss = (1 - share) * loss + share * hard
+    if mining == "gradual" and len(losses):
+        gaps = mined_gaps(distance, y, "hard")
+        share = (gaps.detach() < 0).to(distance.dtype).mean()
+        loss = (1 - share) * loss + share * margin_loss(gaps, margin).mean()
     return Mined(loss, active_share(losses, margin), share)
 
 

@@ -40,13 +40,13 @@ from model import (
     make_trunk,
     mine,
     nearest,
-    openness,
     other_pairs,
     pair_distances,
     relative,
     retrieval_scores,
     triplet_loss,
     trunk_width,
+    within_to_between,
 )
 from plots import (
     plot_confusion,
@@ -290,8 +290,8 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         schedule.step()
-        apart = openness(distance, y)
-        watched = (cls_loss, *mined, distance.sum() / max(1, len(y) * (len(y) - 1)), apart.ratio())
+        mean_distance = distance.sum() / max(1, len(y) * (len(y) - 1))
+        watched = (cls_loss, *mined, mean_distance, within_to_between(distance, y))
         sums.append(torch.stack([number.detach().float() for number in watched]))
     names = ("train_cls_loss", "train_triplet_loss", "active_triplets", "hard_share")
     names += ("mean_distance", "within_to_between")
