@@ -1,17 +1,23 @@
 """Pictures of leaves by what ails them, split so that no copy of a training picture is tested.
 
-folder   class folders of photographs, as published sets of cotton diseases come
 leaves   drawn leaves with the six looks, over crops of scikit-learn's photographs; no download
+folder   class folders of photographs, as published sets of cotton diseases come
 """
 
+import functools
 import hashlib
 import math
 import os
 import re
+import sys
+import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -22,9 +28,261 @@ from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 
+# --- reading files: the same in every project that has it -------------------------------------
+
+
+TIMEOUT = 20  # seconds without a byte that end a download
+
 
 class DataError(Exception):
     """Why the data cannot be used, in one line for the person who started the run."""
+
+
+def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
+    """`path`, fetched from `url` if it is not there yet; a broken transfer leaves nothing behind.
+
+    `checksum` is "md5:..." or "sha256:...", of which a beginning is enough. The usual proxy
+    variables count. Raises DataError that says what was tried.
+    """
+    if path.is_file():
+        check_sum(path, checksum)
+        return path
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
+        with urlopen(request, timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            about = f"{what} ({size / 1e6:.1f} MB)" if size else what
+            tqdm.write(f"downloading {about} from {url} to {path}", file=sys.stderr)
+            copy_stream(answer, beside, size)
+        check_sum(beside, checksum)
+        beside.replace(path)
+    except (OSError, HTTPException, ValueError, DataError) as error:
+        reason = f"{what} is not in {path.parent} and could not be downloaded from {url}"
+        raise DataError(f"{reason}: {error or type(error).__name__}; by hand: {path}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def copy_stream(answer: Any, path: Path, size: int) -> None:
+    """To a file, with a progress bar. Raises OSError unless `size` bytes came (0: not known), or if
+    over a minute fewer than 1,000 bytes a second did.
+    """
+    bar = tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None)
+    with path.open("wb") as file, bar:
+        began, done = time.monotonic(), 0
+        while block := answer.read1(1 << 20):
+            file.write(block)
+            done += len(block)
+            bar.update(len(block))
+            seconds = time.monotonic() - began
+            if seconds > 60 and done < 1000 * seconds:
+                raise OSError(f"the transfer stalled at {done} bytes")
+    if size and done != size:
+        raise OSError(f"the transfer broke off at {done} of {size} bytes")
+
+
+def check_sum(path: Path, checksum: str) -> None:
+    """Raises DataError if the file's digest does not begin as `checksum`, "md5:..."."""
+    if not checksum:
+        return
+    kind, _, wanted = checksum.partition(":")
+    digest = hashlib.new(kind)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(wanted):
+        raise DataError(f"{path}: damaged, or another file: its {kind} is not {wanted}")
+
+
+# --- end of reading files ---------------------------------------------------------------------
+
+# --- reading pictures: the same in every project that has it ----------------------------------
+
+
+DECODING = 1  # of cached pictures: another number whenever decoding gives other pixels
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say; 16-bit greys are scaled by their range.
+
+    Raises DataError that names the file, whatever Pillow raises.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > 100_000_000:
+                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                values = np.asarray(picture, dtype=np.float64)
+                low, high = values.min(), values.max()
+                scaled = (values - low) * (255 / max(high - low, 1e-12))
+                picture = Image.fromarray(scaled.round().astype(np.uint8))
+            return picture.convert("RGB")
+    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{path} ({reason})") from error
+
+
+def shrink(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W), bilinear with antialiasing; the whole picture, whatever its aspect ratio."""
+    pixels = np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root, name) for name in files if name[0] != "."]
+    return sorted(found)
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The files of each class: a visible subfolder of `folder` each, sorted by name (NFC).
+
+    Raises DataError if there are not at least two classes, or one has no file.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder")
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    named = {unicodedata.normalize("NFC", path.name): path for path in folders}
+    named.pop("__MACOSX", None)
+    if len(named) < 2:
+        raise DataError(f"{folder}: expected a folder for each of at least 2 classes")
+    files = {name: visible_files(named[name]) for name in sorted(named)}
+    if empty := [name for name, paths in files.items() if not paths]:
+        raise DataError(f"{folder / empty[0]}: there is no picture in this folder")
+    return files
+
+
+def decode(files: list[Path], size: tuple[int, int] | None, cache: Path) -> tuple:
+    """uint8 pictures (N, 3, H, W), their places in `files`, and lines on files left out.
+
+    Without a size all pictures must have one size. The result is kept in the folder `cache`, by
+    path, length and time of each file. Raises DataError if no picture can be read.
+    """
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+    def make() -> tuple:
+        pictures, places, bad = [], [], []
+        for place, path in enumerate(tqdm(files, "decoding", leave=False, disable=None)):
+            try:
+                picture = open_picture(path)
+            except DataError as error:
+                bad.append(str(error))
+                continue
+            pictures.append(shrink(picture, size or picture.size[::-1]))
+            places.append(place)
+            if pictures[-1].shape != pictures[0].shape:
+                raise DataError(f"{path}: its size differs from other pictures'; set image_size")
+        if not pictures:
+            raise DataError(f"{bad[0] if bad else cache}: no picture could be read")
+        return torch.stack(pictures), torch.tensor(places), bad
+
+    return cached(cache, "decoded", (stats, size, DECODING), make)
+
+
+def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
+    """What `make` returns, from a file of `folder` if it was made before with the same `key`.
+
+    A damaged file is made anew; a folder that is full or may only be read is no error.
+    """
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = folder / f"{name}-{digest}.pt"
+    with suppress(Exception):  # not there, or damaged
+        return torch.load(path, weights_only=True)
+    result = make()
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with suppress(OSError, RuntimeError):  # torch.save on a full disk is a RuntimeError
+        for old in folder.glob(f"{name}-*.part"):  # of a run that was killed
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+        torch.save(result, beside)
+        beside.replace(path)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+    return result
+
+
+def left_out(bad: list[str]) -> str:
+    """What a run's first lines say of files that could not be read."""
+    return f"; {len(bad)} unreadable files left out, the first: {bad[0]}" if bad else ""
+
+
+def find_pictures(inputs: list[str]) -> dict[str, Path]:
+    """Path by name of each file given and each below a folder given. A name is the path as seen
+    from the folder that holds all inputs, so no two are equal.
+
+    Raises DataError if an input is not there or none was given.
+    """
+    paths = [Path(os.path.abspath(os.path.expanduser(text))) for text in inputs]
+    if lost := [path for path in paths if not path.exists()]:
+        raise DataError(f"{lost[0]}: there is no such file or folder")
+    files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise DataError("expected at least one picture, or a folder of pictures")
+    base = os.path.commonpath([path if path.is_dir() else path.parent for path in paths])
+    return {Path(os.path.relpath(file, base)).as_posix(): file for file in files}
+
+
+def picture_batches(
+    inputs: list[str], size: tuple[int, int], batch_size: int, bad: list[str]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and uint8 pictures (B, 3, H, W), a batch at a time in memory; adds to `bad` what cannot
+    be read.
+    """
+    names, pictures = [], []
+    for name, path in tqdm(find_pictures(inputs).items(), "predicting", leave=False, disable=None):
+        try:
+            pictures.append(shrink(open_picture(path), size))
+            names.append(name)
+        except DataError as error:
+            bad.append(str(error))
+        if len(names) == batch_size:
+            yield names, torch.stack(pictures)
+            names, pictures = [], []
+    if names:
+        yield names, torch.stack(pictures)
+
+
+# --- end of reading pictures ------------------------------------------------------------------
+
+# --- reading weights: the same in every project that has it -----------------------------------
+
+
+def pretrained_weights(url: str, data_dir: Path) -> dict[str, Tensor]:
+    """The state dict at `url`, kept in data_dir/checkpoints; the hash that torchvision's file names
+    carry (resnet18-f37072fd.pth) is checked in any case, and no code of the file runs.
+    """
+    name = url.rsplit("/", 1)[-1]
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    checksum = f"sha256:{digest[1]}" if digest else ""
+    path = download(url, data_dir / "checkpoints" / name, f"weights {name}", checksum)
+    return read_weights(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict on the CPU. Raises DataError if the file is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch each have their own
+        reason = str(error).split("\n")[0][:200]
+        raise DataError(f"{path}: not a file of weights that can be loaded ({reason})") from error
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: expected a state dict, found {type(state).__name__}")
+    return state
+
+
+# --- end of reading weights -------------------------------------------------------------------
 
 
 class Examples(NamedTuple):
@@ -43,6 +301,7 @@ class Data(NamedTuple):
     train: Examples
     val: Examples
     test: Examples
+    names: tuple[str, ...]  # of the training pictures
     numbers: dict[str, int]  # for metrics.json
     note: str  # what the person who started the run should know
 
@@ -53,34 +312,10 @@ class Data(NamedTuple):
 def load(
     *, dataset: str, data_dir: Path, image_size: int, leaf_count: int, same_bits: int, seed: int
 ) -> Data:
-    """The set `dataset`; `auto` is folder, or leaves where data_dir has no class folders.
-
-    Raises DataError if a data set asked for by name cannot be had.
-    """
+    """Raises DataError if the photographs cannot be had."""
     if dataset == "leaves":
         return load_leaves(data_dir, image_size, leaf_count, seed)
-    try:
-        return load_folder(data_dir, image_size, same_bits, seed)
-    except DataError as error:
-        if dataset == "folder":
-            raise
-        leaves = load_leaves(data_dir, image_size, leaf_count, seed)
-        return leaves._replace(note=f"{error}; drawn leaves stand in for photographs")
-
-
-def cached(folder: Path, kind: str, key: object, make: Callable) -> tuple:
-    """What `make()` returns, kept in a file of `folder` until this code or `key` changes."""
-    digest = hashlib.sha256(repr(key).encode() + Path(__file__).read_bytes()).hexdigest()[:12]
-    path = folder / f"{kind}-{digest}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    made = make()
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    with suppress(OSError):  # a folder that may only be read: made again next time
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(made, beside)
-        beside.replace(path)
-    return made
+    return load_folder(data_dir, image_size, same_bits, seed)
 
 
 # --- drawn leaves -----------------------------------------------------------------------------
@@ -105,12 +340,15 @@ def load_leaves(folder: Path, image_size: int, count: int, seed: int) -> Data:
                 split += [draw(look, n, image_size, source, generator) for n in sizes]
         return tuple(torch.cat(split) for split in splits)
 
-    drawn = cached(folder, "leaves", (image_size, count, seed), draw_all)
+    code = Path(__file__).read_text(encoding="utf-8")  # another drawing, another file
+    drawn = cached(folder, "leaves", (image_size, count, seed, torch.__version__, code), draw_all)
     looks = torch.arange(len(LOOKS))
     splits = [Examples(x, looks.repeat_interleave(n)) for x, n in zip(drawn, counts, strict=True)]
     total = len(LOOKS) * sum(counts)
+    names = tuple(f"{look}_{n + 1}" for look in LOOKS for n in range(counts[0]))
+    note = f"data: {total} drawn leaves; cotton_triplet/cotton6.yaml is for photographs"
     numbers = {"pictures": total, "groups": total}
-    return Data("leaves", tuple(LOOKS), *splits, numbers, f"data: {total} drawn leaves")
+    return Data("leaves", tuple(LOOKS), *splits, names, numbers, note)
 
 
 class Sheet(NamedTuple):
@@ -300,77 +538,65 @@ def load_folder(folder: Path, image_size: int, same_bits: int, seed: int) -> Dat
     Of folders that fix the splits, pictures of which test (or val) has a near-duplicate are left
     out of the others. Raises DataError that names the folder at fault.
     """
-    fixed = (folder / "train").is_dir() and (folder / "test").is_dir()
-    roots = {s: folder / s for s in SPLITS if (folder / s).is_dir()} if fixed else {"": folder}
-    names = subfolders(roots["train"] if fixed else folder)
-    if len(names) < 2:
-        raise DataError(f"{folder}: expected a folder for each of at least 2 classes")
-    for root in roots.values():
-        if subfolders(root) != names:
-            raise DataError(f"{root}: expected the folders {', '.join(names)} and no others")
-    items = [
-        (path, split, label)
-        for split, root in roots.items()
-        for label, name in enumerate(names)
-        for path in pictures(root / name)
-    ]
-    key = [(str(path), path.stat().st_mtime, image_size) for path, *_ in items]
-    x, good, bad = cached(folder, "decoded", key, lambda: decode(items, image_size))
-    items = [items[number] for number in good]
-    y = torch.tensor([label for *_, label in items], dtype=torch.long)
+    items, classes = find_items(folder)
+    x, places, bad = decode([path for path, *_ in items], (image_size, image_size), folder)
+    items = [items[place] for place in places.tolist()]
+    y = torch.tensor([label for *_, label in items])
     groups = near_duplicates(x, [path.stem for path, *_ in items], same_bits)
-    if fixed:
-        parts, left_out = keep_apart([split for _, split, _ in items], groups)
-        if not len(parts["val"]):
-            cut = split_by_group(y[parts["train"]], groups[parts["train"]], (0.8, 0.2), seed)
-            parts["val"], parts["train"] = (parts["train"][part] for part in (cut[1], cut[0]))
-    else:
-        parts = dict(zip(SPLITS, split_by_group(y, groups, (0.6, 0.2, 0.2), seed), strict=True))
-        left_out = 0
+    parts, lost = split_items([split for _, split, _ in items], y, groups, seed)
     for split, part in parts.items():
-        for label in set(range(len(names))) - set(y[part].tolist()):
-            raise DataError(f"{folder / names[label]}: too few pictures: none for '{split}'")
+        for label in sorted(set(range(len(classes))) - set(y[part].tolist())):
+            few = f"{folder / classes[label]}: too few pictures: none for '{split}'"
+            raise DataError(f"{few}; a class needs 3 that do not resemble one another")
     name, count = folder.resolve().name, int(groups.max()) + 1
     note = f"data: {name}; {len(items)} pictures in {count} groups of near-duplicates"
-    note += f"; {left_out} left out, as a held-out picture resembles them" if left_out else ""
-    note += f"; {len(bad)} unreadable files left out, the first: {bad[0]}" if bad else ""
-    numbers = {"pictures": len(items), "groups": count}
-    numbers |= {"left_out": left_out, "unreadable": len(bad)}
+    note += f"; {lost} left out, as a held-out picture resembles them" if lost else ""
+    numbers = {"pictures": len(items), "groups": count, "left_out": lost, "unreadable": len(bad)}
     splits = (Examples(x[parts[split]], y[parts[split]]) for split in SPLITS)
-    return Data(name, tuple(names), *splits, numbers, note)
+    names = tuple(items[i][0].relative_to(folder).as_posix() for i in parts["train"].tolist())
+    return Data(name, tuple(classes), *splits, names, numbers, note + left_out(bad))
 
 
-def subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+def find_items(folder: Path) -> tuple[list[tuple[Path, str, int]], list[str]]:
+    """(file, split, class) of each file and the names of the classes; without fixed splits, "".
+
+    Raises DataError if the splits have not the same classes.
+    """
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    roots = {path.name.lower(): path for path in inside if path.name.lower() in SPLITS}
+    if not {"train", "test"} <= roots.keys():
+        roots = {"": folder}
+    files = {split: class_folders(root) for split, root in roots.items()}
+    for found in files.values():
+        found.pop("checkpoints", None)  # pretrained weights lie there
+    classes = list(next(iter(files.values())))
+    for split, found in files.items():
+        if len(found) < 2 or found.keys() != files.get("train", found).keys():
+            wanted = ", ".join(files.get("train", ())) or "a folder for each of at least 2 classes"
+            raise DataError(f"{roots[split]}: expected the folders {wanted} and no others")
+    items = [
+        (path, split, label)
+        for split, found in files.items()
+        for label, name in enumerate(classes)
+        for path in found[name]
+    ]
+    return items, classes
 
 
-def pictures(folder: Path) -> list[Path]:
-    """Raises DataError if there are none."""
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    if not found:
-        raise DataError(f"{folder}: there are no pictures")
-    return found
-
-
-def decode(items: list[tuple], size: int) -> tuple[Tensor, list[int], list[str]]:
-    """uint8 images (N, 3, S, S), the numbers of the items they are, and the unreadable files."""
-    images, good, bad = [], [], []
-    for number, (path, *_) in enumerate(tqdm(items, "decoding", leave=False, disable=None)):
-        try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError) as error:  # Pillow's broken PNG is a SyntaxError
-            bad.append(f"{path.name} ({error})")
-            continue
-        pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        good.append(number)
-    if not images:
-        raise DataError(f"{bad[0]}: neither this nor any other picture could be read")
-    return torch.stack(images), good, bad
+def split_items(
+    splits: list[str], y: Tensor, groups: Tensor, seed: int
+) -> tuple[dict[str, Tensor], int]:
+    """Numbers of the pictures of each split, and how many are left out; `splits` holds the split
+    of each picture where folders fix it, else "".
+    """
+    if not splits or not splits[0]:
+        return dict(zip(SPLITS, split_by_group(y, groups, (0.6, 0.2, 0.2), seed), strict=True)), 0
+    parts, lost = keep_apart(splits, groups)
+    if not len(parts["val"]):
+        train = parts["train"]
+        kept, cut = split_by_group(y[train], groups[train], (0.8, 0.2), seed)
+        parts["train"], parts["val"] = train[kept], train[cut]
+    return parts, lost
 
 
 def difference_hash(x: Tensor) -> Tensor:
@@ -396,7 +622,8 @@ def near_duplicates(x: Tensor, names: list[str], same_bits: int) -> Tensor:
     links = []
     for start in range(0, len(x), 1024):
         block = hashes[0, start : start + 1024]
-        differing = (128 - torch.stack([block @ turned.T for turned in hashes]).amax(0)) / 2
+        alike = functools.reduce(torch.maximum, (block @ turned.T for turned in hashes))
+        differing = (128 - alike) / 2
         links.append((differing <= same_bits).nonzero() + torch.tensor([start, 0]))
     first = {}
     for number, name in enumerate(names):
@@ -440,10 +667,79 @@ def keep_apart(splits: list[str], groups: Tensor) -> tuple[dict[str, Tensor], in
     return parts, left_out
 
 
+def read_program(name: str, data_dir: Path) -> bytes:
+    """The exported network `name`, a path, or a file of data_dir/checkpoints."""
+    paths = [Path(name).expanduser(), data_dir / "checkpoints" / name]
+    for path in paths:
+        if path.is_file():
+            return path.read_bytes()
+    raise DataError(f"resnet: there is neither {paths[0]} nor {paths[1]}")
+
+
 # --- batches ----------------------------------------------------------------------------------
+
+
+def pk_batches(y: Tensor, classes: int, pictures: int) -> list[Tensor]:
+    """Batches of numbers: `pictures` of each of `classes` classes of y (N,), every number in one.
+
+    Each class, shuffled, is cut into runs of K; a batch takes a run of each of the P classes with
+    most runs left. What a run or a class lacks is drawn again from the class.
+    """
+    members = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
+    runs = [cut_into_runs(own, pictures) for own in members]
+    found = []
+    while any(runs):
+        left = torch.tensor([len(own) for own in runs]) + torch.rand(len(runs)) / 2
+        chosen = left.topk(min(classes, len(runs))).indices.tolist()
+        parts = [runs[c].pop() if runs[c] else sample_from(members[c], pictures) for c in chosen]
+        found.append(torch.cat(parts))
+    return found
+
+
+def cut_into_runs(numbers: Tensor, length: int) -> list[Tensor]:
+    """`numbers`, shuffled, in runs of `length`; the last is filled with numbers drawn again."""
+    shuffled = numbers[torch.randperm(len(numbers))]
+    filled = torch.cat((shuffled, sample_from(numbers, -len(numbers) % length)))
+    return list(filled.split(length))
+
+
+def sample_from(numbers: Tensor, count: int) -> Tensor:
+    return numbers[torch.randint(len(numbers), (count,))]
+
+
+def count_batches(y: Tensor, classes: int, pictures: int) -> int:
+    """How many batches pk_batches makes."""
+    runs = [math.ceil(count / pictures) for count in y.bincount().tolist()]
+    return max(max(runs), math.ceil(sum(runs) / min(classes, len(runs))))
+
+
+def augment(x: Tensor) -> Tensor:
+    """Random mirroring, rotation, zoom and shift (the border is reflected), light and colour."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, device=x.device)
+
+    count = len(x)
+    angle, zoom = uniform(-math.pi, math.pi, count), uniform(0.8, 1.1, count)
+    mirrored = uniform(-1, 1, count).sign()
+    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), uniform(-0.12, 0.12, 2, count)
+    rows = (torch.stack((cos * mirrored, -sin, shift[0]), 1),)
+    rows += (torch.stack((sin * mirrored, cos, shift[1]), 1),)
+    points = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)
+    gain = uniform(0.75, 1.25, count, 1, 1, 1) * uniform(0.92, 1.08, count, 3, 1, 1)
+    return ((x - 0.5) * gain + 0.5 + uniform(-0.12, 0.12, count, 1, 1, 1)).clamp(0, 1)
 
 
 def batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Float images (B, 3, S, S) in [0, 1] and their classes, in order, as they are."""
     for x, y in zip(examples.x.split(batch_size), examples.y.split(batch_size), strict=True):
         yield x.float() / 255, y
+
+
+def thumbnails(x: Tensor, size: int = 48) -> Tensor:
+    """uint8 images (N, 3, S, S) at `size` pixels, or as they are if they are smaller."""
+    if x.shape[2] <= size:
+        return x
+    parts = [F.interpolate(part.float(), (size, size), mode="area") for part in x.split(256)]
+    return torch.cat([part.round().byte() for part in parts])

@@ -1,21 +1,19 @@
-"""One ResNet trunk with two heads, batches of P classes x K pictures, and triplet mining.
+"""One trunk with two heads, triplet mining, the triplet loss, and what is measured of a map.
 
 Hermans, Beyer & Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (equation
-numbers are theirs); semi-hard negatives: Schroff et al. 2015, "FaceNet"; ResNet: He et al. 2016.
+numbers are theirs); semi-hard negatives: Schroff et al. 2015, "FaceNet"; MAP@R: Musgrave et al.
+2020, "A Metric Learning Reality Check"; ResNet: He et al. 2016.
 """
 
+import io
 import math
-import threading
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-WEIGHTS_HOST = "https://download.pytorch.org"
 
 
 class Outputs(NamedTuple):
@@ -29,12 +27,21 @@ class Outputs(NamedTuple):
 class TwoHeads(nn.Module):
     """Images (N, 3, H, W) in [0, 1] to Outputs in float32; both heads read the same features.
 
-    The embedding is not normalised: a unit sphere in two dimensions is a mere circle.
+    The embedding is not normalised: a unit sphere in two dimensions is a mere circle. A pretrained
+    trunk always stays in evaluation mode: small sets would spoil its batch statistics.
     """
 
-    def __init__(self, trunk: nn.Module, width: int, *, classes: int, embedding_size: int):
+    def __init__(
+        self,
+        trunk: nn.Module,
+        width: int,
+        *,
+        classes: int,
+        embedding_size: int,
+        pretrained: bool = False,
+    ):
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.pretrained = trunk, pretrained
         self.classify = nn.Linear(width, classes)
         self.embed = nn.Sequential(
             nn.Linear(width, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, embedding_size)
@@ -49,21 +56,78 @@ class TwoHeads(nn.Module):
         features = features.float()  # distances need float32's digits
         return Outputs(self.classify(features), self.embed(features), features)
 
+    def train(self, mode: bool = True) -> "TwoHeads":
+        super().train(mode)
+        self.trunk.train(mode and not self.pretrained)
+        return self
 
-def make_trunk(resnet: str, widths: tuple[int, ...], state: dict | None) -> tuple[nn.Module, int]:
-    """torchvision's `resnet` without its last layer, or the small one; and its features' width.
+    def freeze_trunk(self, frozen: bool) -> None:
+        self.trunk.requires_grad_(not frozen)
 
-    `state` are pretrained weights, None for random ones.
+
+# --- trunks -----------------------------------------------------------------------------------
+
+
+def make_trunk(
+    resnet: str,
+    widths: tuple[int, ...],
+    *,
+    state: dict[str, Tensor] | None = None,
+    program: bytes | None = None,
+) -> nn.Module:
+    """What gives features (N, F): the small network, a torchvision classifier without its last
+    layer, with weights of `state` if given, or an exported program, the content of a .pt2 file.
+
+    Raises ValueError if there is no such network.
     """
-    from torchvision.models import get_model  # imported where it is used: it is slow
-
+    if program is not None:
+        return Exported(program)
     if resnet == "small":
-        return small_resnet(widths), widths[-1]
-    trunk = get_model(resnet, weights=None)
+        return small_resnet(widths)
+    from torchvision import models  # imported where it is used: it is slow
+
+    if resnet not in models.list_models(module=models):
+        raise ValueError(f"'{resnet}' is neither small, nor a classifier of torchvision, nor .pt2")
+    trunk = models.get_model(resnet, weights=None)
     if state is not None:
         trunk.load_state_dict(state)
-    width, trunk.fc = trunk.fc.in_features, nn.Identity()
-    return trunk, width
+    linear = [name for name, part in trunk.named_modules() if isinstance(part, nn.Linear)]
+    if linear:  # else, as in squeezenet, the logits serve as features
+        trunk.set_submodule(linear[-1], nn.Identity())
+    return nn.Sequential(trunk, FirstOutput())
+
+
+class FirstOutput(nn.Module):
+    """Of networks with auxiliary outputs in training the first; flat."""
+
+    def forward(self, x: Tensor | tuple) -> Tensor:
+        return (x[0] if isinstance(x, tuple) else x).flatten(1)
+
+
+class Exported(nn.Module):
+    """A program of torch.export: images to features (N, F) or (N, F, h, w), which are averaged."""
+
+    def __init__(self, program: bytes):
+        super().__init__()
+        self.program = torch.export.load(io.BytesIO(program)).module()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.program(x)
+        return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
+
+    def train(self, mode: bool = True) -> "Exported":
+        self.training = mode  # a program has the mode in which it was exported
+        return self
+
+
+@torch.no_grad()
+def trunk_width(trunk: nn.Module, image_size: int) -> int:
+    """F. Raises ValueError if the trunk takes no pictures of this size."""
+    try:
+        return trunk.eval()(torch.zeros(2, 3, image_size, image_size)).shape[1]
+    except Exception as error:  # each network has its own complaint
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"no features of pictures of {image_size} pixels ({reason})") from error
 
 
 def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
@@ -89,87 +153,43 @@ def conv(before: int, after: int, size: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, size, stride, size // 2, bias=False)
 
 
-def imagenet_weights(resnet: str) -> dict[str, Tensor]:
-    """torchvision's weights, downloaded and verified once. Raises OSError if they cannot be had."""
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(resnet).IMAGENET1K_V1
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    reason = f"ImageNet weights of {resnet} are not at hand and could not be downloaded"
-    if not kept.exists() and not reachable(WEIGHTS_HOST):
-        raise OSError(f"{reason}: {WEIGHTS_HOST} does not answer")
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{reason}: {error}") from error
+# --- distances --------------------------------------------------------------------------------
 
 
-def reachable(url: str, seconds: float = 8.0) -> bool:
-    """Whether the host answers in time. In a thread, as looking up a name has no time limit."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(OSError), urlopen(Request(url, method="HEAD"), timeout=seconds):
-            answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-# --- batches of P classes x K pictures --------------------------------------------------------
-
-
-def pk_batches(y: Tensor, classes: int, pictures: int) -> list[Tensor]:
-    """Batches of numbers: `pictures` of each of `classes` classes of y (N,), every number in one.
-
-    Each class, shuffled, is cut into runs of K; a batch takes a run of each of the P classes with
-    most runs left. What a run or a class lacks is drawn again from the class.
+def pair_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (N, M) of rows, by one multiplication in float64, where its cancellation
+    costs nothing. Where two coincide the gradient is 0; that of a square root is not finite there.
     """
-    members = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
-    runs = [cut_into_runs(mine, pictures) for mine in members]
-    batches = []
-    while any(runs):
-        left = torch.tensor([len(mine) for mine in runs]) + torch.rand(len(runs)) / 2
-        chosen = left.topk(min(classes, len(runs))).indices.tolist()
-        parts = [runs[c].pop() if runs[c] else draw(members[c], pictures) for c in chosen]
-        batches.append(torch.cat(parts))
-    return batches
+    wide, other = a.double(), b.double()
+    norms = wide.square().sum(1)[:, None] + other.square().sum(1)
+    square = norms - 2 * wide @ other.T
+    apart = square > 1e-14 * norms
+    return (torch.where(apart, square, 1).sqrt() * apart).to(a.dtype)
 
 
-def cut_into_runs(numbers: Tensor, length: int) -> list[Tensor]:
-    """`numbers`, shuffled, in runs of `length`; the last is filled with numbers drawn again."""
-    shuffled = numbers[torch.randperm(len(numbers))]
-    return list(torch.cat((shuffled, draw(numbers, -len(numbers) % length))).split(length))
+def other_pairs(count: int, device: torch.device) -> Tensor:
+    """(count, count): whether two rows are different ones."""
+    return ~torch.eye(count, dtype=torch.bool, device=device)
 
 
-def draw(numbers: Tensor, count: int) -> Tensor:
-    return numbers[torch.randint(len(numbers), (count,))]
+def relative(distance: Tensor) -> Tensor:
+    """Distances (N, N) in units of their mean over all pairs: a larger or smaller map of the same
+    shape has the same loss, so that neither growth nor collapse is rewarded.
+    """
+    count = len(distance)
+    return distance / (distance.sum() / max(1, count * (count - 1))).clamp(min=1e-12)
 
 
-def count_batches(y: Tensor, classes: int, pictures: int) -> int:
-    """How many batches pk_batches makes."""
-    runs = [math.ceil(count / pictures) for count in y.bincount().tolist()]
-    return max(max(runs), math.ceil(sum(runs) / min(classes, len(runs))))
-
-
-def augment(x: Tensor) -> Tensor:
-    """Random mirroring, rotation, zoom and shift (the border is reflected), light and colour."""
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, device=x.device)
-
-    count = len(x)
-    angle, zoom = uniform(-math.pi, math.pi, count), uniform(0.8, 1.1, count)
-    mirrored = uniform(-1, 1, count).sign()
-    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), uniform(-0.12, 0.12, 2, count)
-    rows = (torch.stack((cos * mirrored, -sin, shift[0]), 1),)
-    rows += (torch.stack((sin * mirrored, cos, shift[1]), 1),)
-    points = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)
-    gain = uniform(0.75, 1.25, count, 1, 1, 1) * uniform(0.92, 1.08, count, 3, 1, 1)
-    return ((x - 0.5) * gain + 0.5 + uniform(-0.12, 0.12, count, 1, 1, 1)).clamp(0, 1)
+@torch.no_grad()
+def within_to_between(distance: Tensor, y: Tensor) -> Tensor:
+    """() The mean distance of two of one class by that of two of different ones: 1 of a map without
+    any order (or without such pairs), 0 where each class is a point.
+    """
+    same = y[:, None] == y
+    positive = same & other_pairs(len(y), y.device)
+    within, between = ((distance * where).sum() / where.sum() for where in (positive, ~same))
+    ratio = within / between.clamp(min=1e-12)
+    return torch.where(ratio.isnan(), 1, ratio)
 
 
 # --- mining and loss --------------------------------------------------------------------------
@@ -184,80 +204,138 @@ class Triplets(NamedTuple):
 
 
 @torch.no_grad()
-def mine(embedding: Tensor, y: Tensor, mining: str) -> Triplets:
-    """Triplets of a batch (N, D) with the classes y (N,); none for an anchor that lacks a positive
-    (another row of its class) or a negative.
+def mine(distance: Tensor, y: Tensor, mining: str) -> Triplets:
+    """Triplets of a batch with distances (N, N) and classes y (N,); none for an anchor that lacks
+    a positive (another row of its class) or a negative.
 
     hard      per anchor the farthest positive and the nearest negative: "batch hard", eq. 5
     semihard  per anchor and positive the nearest negative that is farther than the positive
-    all       every triplet: "batch all", eq. 6
     """
-    distance = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
     same = y[:, None] == y
-    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    positive = same & other_pairs(len(y), y.device)
     if mining == "hard":
         far = distance.masked_fill(~positive, -1).max(1)
         near = distance.masked_fill(same, math.inf).min(1)
         anchor = ((far.values >= 0) & (near.values < math.inf)).nonzero()[:, 0]
         return Triplets(anchor, far.indices[anchor], near.indices[anchor])
-    if mining == "semihard":
-        anchor, other = positive.nonzero().T
-        near, order = distance.masked_fill(same, math.inf).sort(1)
-        place = torch.searchsorted(near, distance.masked_fill(~positive, math.inf), right=True)
-        place = place[anchor, other].clamp(max=len(y) - 1)
-        found = near[anchor, place] < math.inf
-        found &= near[anchor, place] > distance[anchor, other]
-        return Triplets(*(part[found] for part in (anchor, other, order[anchor, place])))
-    return Triplets(*(positive[:, :, None] & ~same[:, None, :]).nonzero().T)
+    anchor, other = positive.nonzero().T
+    near, order = distance.masked_fill(same, math.inf).sort(1)
+    place = torch.searchsorted(near, distance.masked_fill(~positive, math.inf), right=True)
+    place = place[anchor, other].clamp(max=len(y) - 1)
+    found = near[anchor, place] < math.inf
+    found &= near[anchor, place] > distance[anchor, other]
+    return Triplets(*(part[found] for part in (anchor, other, order[anchor, place])))
 
 
-def euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (T,) of rows; where two coincide the gradient is 0, that of a square root is not
-    finite there.
+def margin_loss(gap: Tensor, margin: float | None) -> Tensor:
+    """max(gap + margin, 0) of gap = d(a, p) - d(a, n); without a margin the soft one,
+    ln(1 + exp(gap)).
     """
-    square = (a - b).square().sum(1)
-    apart = square > 0
-    return torch.where(apart, square, 1).sqrt() * apart
-
-
-def triplet_losses(embedding: Tensor, triplets: Triplets, margin: float | None) -> Tensor:
-    """Each triplet's loss (T,): max(d(a, p) - d(a, n) + margin, 0); without a margin the soft one,
-    ln(1 + exp(d(a, p) - d(a, n))).
-    """
-    a, p, n = (embedding[rows] for rows in triplets)
-    gap = euclidean(a, p) - euclidean(a, n)
     return F.softplus(gap) if margin is None else (gap + margin).clamp(min=0)
 
 
-def mean_or_zero(losses: Tensor, embedding: Tensor) -> Tensor:
-    """The mean of losses (T,); of none 0, with a gradient of 0."""
-    return losses.mean() if len(losses) else 0 * embedding.sum()
+def mined_gaps(distance: Tensor, y: Tensor, mining: str) -> Tensor:
+    """d(a, p) - d(a, n) (T,) of each mined triplet."""
+    anchor, positive, negative = mine(distance, y, mining)
+    return distance[anchor, positive] - distance[anchor, negative]
 
 
-# --- the watch for collapse -------------------------------------------------------------------
+def all_gaps(distance: Tensor, y: Tensor) -> Tensor:
+    """d(a, p) - d(a, n) (T,) of every triplet of the batch: "batch all", eq. 6."""
+    same = y[:, None] == y
+    anchor, positive = (same & other_pairs(len(y), y.device)).nonzero().T
+    gap = distance[anchor, positive][:, None] - distance[anchor]
+    return gap.masked_select(~same[anchor])
 
 
-def resting_loss(margin: float | None) -> float:
-    """The loss of an embedding that maps everything to one point."""
-    return math.log(2) if margin is None else margin
+class Mined(NamedTuple):
+    """() The batch's triplet loss, the share of active triplets, and that of batch hard in it."""
+
+    loss: Tensor
+    active: Tensor
+    hard_share: Tensor
 
 
-def collapsed(loss: float, mean_distance: float, margin: float | None) -> bool:
-    """Whether the loss sits within 5% of its resting point while the batch has shrunk to a point:
-    a healthy loss passes that value on its way down, but with distances of the margin's order.
+def triplet_loss(distance: Tensor, y: Tensor, mining: str, margin: float | None) -> Mined:
+    """Of a batch with distances (N, N). `gradual` goes from `all` to `hard` as the map opens:
+    (1 - h) all + h hard, with h the share of anchors that reach the goal of batch hard, farthest
+    positive nearer than nearest negative.
+
+    Batch hard alone collapses: on a map without order its gradients, of outliers only, pull all
+    together. With h it begins where there is order, and is left again should the order be lost.
     """
-    rest = resting_loss(margin)
-    return abs(loss - rest) < 0.05 * rest and mean_distance < 0.1 * rest
+    if mining in ("hard", "semihard"):
+        losses = margin_loss(mined_gaps(distance, y, mining), margin)
+        share = torch.full_like(distance[0, 0], float(mining == "hard"))
+        return Mined(mean_or_zero(losses, distance), active_share(losses, margin), share)
+    losses = margin_loss(all_gaps(distance, y), margin)
+    loss, share = mean_or_zero(losses[losses > 0], distance), torch.zeros_like(distance[0, 0])
+    if mining == "gradual" and len(losses):
+        gaps = mined_gaps(distance, y, "hard")
+        share = (gaps.detach() < 0).to(distance.dtype).mean()
+        loss = (1 - share) * loss + share * margin_loss(gaps, margin).mean()
+    return Mined(loss, active_share(losses, margin), share)
 
 
-def mean_distance(embedding: Tensor) -> Tensor:
-    """() Over all pairs of a batch (N, D)."""
-    return F.pdist(embedding.detach()).mean()
+def mean_or_zero(losses: Tensor, distance: Tensor) -> Tensor:
+    """The mean of losses (T,); of none 0, with a gradient of 0."""
+    return losses.mean() if len(losses) else 0 * distance.sum()
 
 
 def active_share(losses: Tensor, margin: float | None) -> Tensor:
-    """() The share of mined triplets (T,) that still push; with the soft margin, which never quite
-    lets go, of those whose negative is nearer than the positive.
+    """() The share of triplets (T,) that still push; with the soft margin, which never quite lets
+    go, of those whose negative is nearer than the positive.
     """
     active = losses.detach() > (math.log(2) if margin is None else 0)
     return active.float().sum() / max(1, len(losses))
+
+
+def collapsed(ratio: float, mean_distance: float, unit: float) -> bool:
+    """Whether a map is lost: its classes lie as near to one another as to themselves, or all of it
+    is a point, of less than a tenth of `unit`, the distance that its loss asks for.
+    """
+    return ratio > 0.9 or mean_distance < 0.1 * unit
+
+
+# --- retrieval --------------------------------------------------------------------------------
+
+
+def nearest(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distances and row numbers (Q, count) of the nearest rows of the gallery, the nearest first;
+    fewer if there are fewer.
+    """
+    parts = [
+        pair_distances(block, gallery).topk(min(count, len(gallery)), largest=False)
+        for block in queries.split(256)
+    ]
+    distances, rows = zip(*parts, strict=True)
+    return torch.cat(distances), torch.cat(rows)
+
+
+def retrieval_scores(
+    queries: Tensor, query_y: Tensor, gallery: Tensor, gallery_y: Tensor
+) -> dict[str, float]:
+    """precision@1: the share of queries whose nearest row is of their class. MAP@R: over the R
+    nearest rows, R as many as the gallery has of the class, the mean precision at the places of
+    rows of the class, a miss counted as 0. Queries whose class the gallery lacks count as missed.
+    """
+    right = average = 0.0
+    for block, y in zip(queries.split(256), query_y.split(256), strict=True):
+        order = pair_distances(block, gallery).argsort(dim=1, stable=True)
+        hits = (gallery_y[order] == y[:, None]).double()
+        total = hits.sum(1, keepdim=True)
+        rank = torch.arange(1, len(gallery) + 1, device=y.device)
+        kept = hits * (rank <= total)
+        average += float((kept.cumsum(1) / rank * kept).sum(1).div(total[:, 0].clamp(min=1)).sum())
+        right += float(hits[:, 0].sum())
+    return {"precision_at_1": right / len(queries), "map_at_r": average / len(queries)}
+
+
+def in_plane(points: Tensor) -> Callable[[Tensor], np.ndarray]:
+    """What takes points (M, D) to the plane: principal components of `points`, if D is over 2."""
+    from sklearn.decomposition import PCA  # imported where it is used: it is slow
+
+    if points.shape[1] == 2:
+        return lambda others: others.cpu().numpy()
+    components = PCA(2).fit(points.cpu().numpy())
+    return lambda others: components.transform(others.cpu().numpy())

@@ -4,20 +4,25 @@ from pathlib import Path
 
 import matplotlib
 
+matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
-TRAIN, VALIDATION = "tab:blue", "tab:orange"
+TRAIN, VALIDATION, BASELINE = "tab:blue", "tab:orange", "tab:gray"
 
 
-def plot_curves(rows: list[dict], margin: float, title: str, path: Path) -> None:
+def plot_curves(
+    rows: list[dict], colour: float | None, mining: str, title: str, path: Path
+) -> None:
     """Both losses, what validation says, and the watch for collapse, over the epochs.
 
-    `margin` is the triplet loss of an embedding that has collapsed to a point.
+    `colour` is the accuracy of the baseline that sees only colours, None without it.
     """
     figure, grid = plt.subplots(2, 2, sharex=True, figsize=(9, 6), layout="constrained")
     epochs = column(rows, "epoch")
@@ -28,12 +33,18 @@ def plot_curves(rows: list[dict], margin: float, title: str, path: Path) -> None
     scores.plot(epochs, column(rows, "val_accuracy"), color=VALIDATION, label="accuracy")
     precision = column(rows, "val_precision_at_1")
     scores.plot(epochs, precision, "--", color=VALIDATION, label="precision@1 of the embedding")
-    scores.set(ylabel="share of validation images", ylim=(0, 1.02))
-    triplets.plot(epochs, column(rows, "train_triplet_loss"), color=TRAIN, label="train")
-    triplets.axhline(margin, color="black", linestyle=":", label="of a single point")
-    triplets.set(ylabel="triplet loss (embedding units)", xlabel="epoch", ylim=(0, None))
+    if colour is not None:
+        scores.axhline(colour, color=BASELINE, label="colours alone, accuracy (test)")
+    scores.set(ylabel="share of images", ylim=(0, 1.02))
+    label = f"train, {mining}"
+    triplets.plot(epochs, column(rows, "train_triplet_loss"), color=TRAIN, label=label)
+    triplets.set(ylabel="triplet loss", xlabel="epoch", ylim=(0, None))
+    share = column(rows, "hard_share")
+    triplets.plot(epochs, share, "--", color=TRAIN, label="share of batch hard in it")
     watch.plot(epochs, column(rows, "active_triplets"), color=TRAIN, label="active triplets")
-    watch.set(ylabel="share of mined triplets", xlabel="epoch", ylim=(0, 1.02))
+    ratio = column(rows, "within_to_between")
+    watch.plot(epochs, ratio, ":", color=TRAIN, label="distances within / between classes")
+    watch.set(ylabel="share, ratio", xlabel="epoch", ylim=(0, 1.05))
     apart = watch.twinx()
     apart.plot(epochs, column(rows, "mean_distance"), "--", color=TRAIN)
     apart.set(ylabel="distance (embedding units)", ylim=(0, None))
@@ -41,9 +52,20 @@ def plot_curves(rows: list[dict], margin: float, title: str, path: Path) -> None
     for axes in grid.flat:
         above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
         axes.legend(**above if axes is watch else {})
-    figure.suptitle(title)
+    draw_title(figure, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_title(figure: Figure, title: str) -> None:
+    """As it is: a $ in a folder's name begins no formula."""
+    figure.suptitle(title, parse_math=False)
+
+
+def tidy(name: str, most: int = 24) -> str:
+    """A class's name for a legend or an axis."""
+    name = name.replace("_", " ").replace("$", r"\$")
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def column(rows: list[dict], key: str) -> list[float]:
@@ -69,9 +91,9 @@ def plot_maps(
         draw_map(axes, points, colours(classes), 1 if count > 1 else 2)
         axes.set_title(name if count > 1 else "")
         axes.set(xlabel=f"embedding, {axis} 1", ylabel=f"embedding, {axis} 2")
-    figure.suptitle(title)
+    draw_title(figure, title)
     marks = [
-        Line2D([], [], linestyle="", marker="o", color=color, label=name.replace("_", " "))
+        Line2D([], [], linestyle="", marker="o", color=color, label=tidy(name))
         for name, color in zip(classes, colours(classes), strict=True)
     ]
     grey = {"linestyle": "", "color": "dimgray"}
@@ -117,9 +139,9 @@ def plot_film(
         axes.set_ylabel(f"embedding, {axis} 2")
     for axes in panels[-1]:
         axes.set_xlabel(f"embedding, {axis} 1")
-    figure.suptitle(f"{name}: the embedding of the validation images as it forms")
+    draw_title(figure, f"{name}: the embedding of the validation images as it forms")
     marks = [
-        Line2D([], [], linestyle="", marker="o", color=color, label=label.replace("_", " "))
+        Line2D([], [], linestyle="", marker="o", color=color, label=tidy(label))
         for label, color in zip(classes, colours(classes), strict=True)
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6))
@@ -139,11 +161,11 @@ def plot_confusion(
     for (row, place), count in np.ndenumerate(counts):
         color = "white" if shares[row, place] > 0.5 else "black"
         axes.text(place, row, str(count), ha="center", va="center", color=color)
-    names = [name.replace("_", " ") for name in classes]
+    names = [tidy(name) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(title)
+    draw_title(figure, title)
     figure.colorbar(shading, label="share of the true class", shrink=0.8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -153,6 +175,7 @@ def plot_triplets(triplets: list[dict], classes: tuple[str, ...], title: str, pa
     """Anchors, positives and negatives, one column each: "images" (3, H, W, 3), "labels" (3,) and
     "distances" (2,) of positive and negative from the anchor.
     """
+    triplets = triplets[:12]
     count = len(triplets)
     size = (1.5 * count + 0.6, 5.6)
     figure, panels = plt.subplots(3, count, figsize=size, layout="constrained", squeeze=False)
@@ -163,12 +186,116 @@ def plot_triplets(triplets: list[dict], classes: tuple[str, ...], title: str, pa
         ):
             axes.imshow(image)
             axes.set(xticks=[], yticks=[])
-            axes.set_title(classes[label].replace("_", " "), fontsize=9)
+            axes.set_title(tidy(classes[label], 14), fontsize=9)
             axes.set_xlabel(note, fontsize=9)
     for axes, role in zip(
         panels[:, 0], ("anchor", "farthest positive", "nearest negative"), strict=False
     ):
         axes.set_ylabel(role)
-    figure.suptitle(f"{title}\nhardest test triplet of each class")
+    draw_title(figure, f"{title}\nhardest test triplet of each class")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_thumbnails(
+    points: np.ndarray,
+    images: np.ndarray,
+    y: np.ndarray,
+    classes: tuple[str, ...],
+    axis: str,
+    title: str,
+    path: Path,
+) -> None:
+    """The map (N, 2) with the images (N, h, w, 3) themselves, framed in the colour of the class;
+    where several would overlap, one of them.
+    """
+    figure, axes = plt.subplots(figsize=(8, 7), layout="constrained")
+    low, high = points.min(0), points.max(0)
+    cells = np.floor((points - low) / np.maximum(high - low, 1e-9) * 17.99).astype(int)
+    _, shown = np.unique(cells, axis=0, return_index=True)
+    axes.scatter(*points.T, c=colours(classes)[y], s=4, linewidth=0)
+    for place in shown:
+        draw_picture(axes, points[place], images[place], colours(classes)[y[place]])
+    axes.margins(0.06)
+    axes.set(xlabel=f"embedding, {axis} 1", ylabel=f"embedding, {axis} 2")
+    draw_legend(figure, classes)
+    draw_title(figure, title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_picture(axes: Axes, point: np.ndarray, image: np.ndarray, color: object) -> None:
+    """A framed image of about 0.35 inches at a point."""
+    box = OffsetImage(image, zoom=24 / max(image.shape[:2]))
+    frame = {"edgecolor": color, "linewidth": 1.5}
+    axes.add_artist(AnnotationBbox(box, point, pad=0.1, bboxprops=frame))
+
+
+def draw_legend(figure: Figure, classes: tuple[str, ...]) -> None:
+    marks = [
+        Line2D([], [], linestyle="", marker="o", color=color, label=tidy(name))
+        for name, color in zip(classes, colours(classes), strict=True)
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6))
+
+
+def plot_retrieval(
+    queries: list[dict], classes: tuple[str, ...], title: str, path: Path, note: str = ""
+) -> None:
+    """A row each: "query" (H, W, 3) and its "label" (None: not known), its nearest training
+    "images" (K, h, w, 3) with "labels" and "distances", framed green if of its class, else red.
+    """
+    count, columns = len(queries), 1 + max(len(row["images"]) for row in queries)
+    size = (1.25 * columns + 0.6, 1.45 * count + 0.9)
+    options = {"figsize": size, "layout": "constrained", "squeeze": False}
+    figure, grid = plt.subplots(count, columns, **options)
+    for panels, row in zip(grid, queries, strict=True):
+        known = None if row["label"] is None else tidy(classes[row["label"]], 14)
+        draw_framed(panels[0], row["query"], row.get("name", known), "black")
+        found = zip(panels[1:], row["images"], row["labels"], row["distances"], strict=False)
+        for axes, image, label, distance in found:
+            right = "tab:green" if label == row["label"] else "tab:red"
+            color = BASELINE if row["label"] is None else right
+            draw_framed(axes, image, f"{tidy(classes[label], 14)}\n{distance:.2f}", color)
+        for axes in panels[1 + len(row["images"]) :]:
+            axes.axis("off")
+    what = "picture, and the nearest training pictures with their distances"
+    draw_title(figure, f"{title}\n{note or what}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_framed(axes: Axes, image: np.ndarray, text: str, color: str) -> None:
+    axes.imshow(image)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(text, fontsize=8)
+    for side in axes.spines.values():
+        side.set(edgecolor=color, linewidth=3)
+
+
+def plot_new_points(
+    train: np.ndarray,
+    y: np.ndarray,
+    new: np.ndarray,
+    predicted: np.ndarray,
+    pictures: list[tuple[np.ndarray, np.ndarray]],
+    classes: tuple[str, ...],
+    axis: str,
+    path: Path,
+) -> None:
+    """The map of the training pictures (N, 2) with new points (M, 2) as stars in the colour of the
+    predicted class, and a few of the new pictures beside their points.
+    """
+    figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    palette = colours(classes)
+    axes.scatter(*train.T, c=palette[y], s=4, alpha=0.35, linewidth=0)
+    for point, image in pictures:
+        draw_picture(axes, point, image, "black")
+    size = 90 if len(new) <= 200 else 20
+    marks = {"edgecolor": "black", "linewidth": 0.6, "zorder": 5}
+    axes.scatter(*new.T, c=palette[predicted], s=size, marker="*", **marks)
+    axes.set(xlabel=f"embedding, {axis} 1", ylabel=f"embedding, {axis} 2")
+    draw_legend(figure, classes)
+    draw_title(figure, "training pictures (points), your pictures (stars, predicted class)")
     figure.savefig(path, dpi=150)
     plt.close(figure)

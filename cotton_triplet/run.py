@@ -1,71 +1,114 @@
-"""Settings, the run's folder, seeds, checkpoints: the same file, to the letter, in every project.
+"""Settings, the run's folder, seeds, the loop over epochs, checkpoints: the same in all projects.
 
-`train.py` calls start_run first; seed_everything before it makes a model and before every epoch;
-load_checkpoint and save_checkpoint around the epochs of each stage; finish_run last.
+`train.py` calls start_run first, open_run once the data are there, epochs for each stage of
+training, finish_run last. `predict.py` calls start_predict.
 """
 
 import argparse
 import csv
 import difflib
+import hashlib
 import importlib.metadata
 import io
 import json
 import math
+import operator
 import os
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nobody watches that a run is resumed once
+    fcntl = None
+
 PROJECT = Path(__file__).resolve().parent
 STARTED = time.perf_counter()
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
+HEADER: dict[str, Any] = {}  # of the checkpoints of the run in progress: what it must not mix with
+LOCKS: dict[Path, int] = {}  # run folders that this process works in
+
+# Bounds of a setting. A plain int or float is more than 0 and at most 1e9.
+Seed = Annotated[int, ">= 0", "<= 4294967295"]
+Count = Annotated[int, ">= 1", "<= 10000000"]  # examples, steps, tries
+Epochs = Annotated[int, ">= 1", "<= 100000"]
+Batch = Annotated[int, ">= 1", "<= 65536"]
+Pixels = Annotated[int, ">= 1", "<= 4096"]
+Width = Annotated[int, ">= 1", "<= 8192"]  # channels, units
+Rate = Annotated[float, "> 0", "<= 100"]  # of an optimizer
+Decay = Annotated[float, ">= 0", "<= 10"]
+Share = Annotated[float, "> 0", "< 1"]
+
+BOUNDS = {
+    ">=": (operator.ge, "at least"),
+    ">": (operator.gt, "more than"),
+    "<=": (operator.le, "at most"),
+    "<": (operator.lt, "less than"),
+}
+
+
+class RunError(Exception):
+    """Why a run's folder cannot be used, in one line for the person who started the program."""
+
+
+# --- settings ---------------------------------------------------------------------------------
 
 
 def start_run(
     settings: type, description: str, argv: list[str] | None = None
 ) -> tuple[Any, Path, torch.device]:
-    """The settings, the run's folder, the device.
+    """The settings, the path of the run's folder, the device.
 
-    `settings` is a dataclass of names and types, among them `out_dir` and `device`. Each field is a
-    key of config.yaml and a flag; flags win. A mistake ends the program in one line, status 2.
+    `settings` is a dataclass of names, types and bounds, among them `out_dir` and `device`. Each
+    field is a key of config.yaml and a flag. Flags win over --config's file, which may hold any
+    part of the keys, and that over config.yaml. A mistake ends the program in one line, status 2.
+    The folder is there only with --resume; else open_run makes it.
     """
-    kinds = get_type_hints(settings)
+    kinds = get_type_hints(settings, include_extras=True)
     parser = make_parser(kinds, description)
     given, unknown = parser.parse_known_args(argv)
     flags = {name: text for name, text in vars(given).items() if text is not None}
-    path, resume = flags.pop("config", PROJECT / "config.yaml"), flags.pop("resume", None)
+    resume = flags.pop("resume", None)
     try:
         if unknown:
             name = unknown[0].split("=")[0]
-            raise ValueError(f"unknown flag '{name}'{hint(name, [f'--{key}' for key in kinds])}")
+            near = hint(name, [f"--{key}" for key in kinds])
+            raise ValueError(f"unknown flag '{shorten(name)}'{near}")
         if resume and flags.keys() - {"device"}:
             raise ValueError("--resume: only --device may differ from the run's own settings")
-        config = read_config(settings, kinds, resume / "config.yaml" if resume else path, flags)
-        run = resume or open_run(config)
-    except (OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
-    sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
-    print(f"run: {run} on {config.device}   (cut short? --resume {run})")
+        if resume:
+            check_resumable(resume)
+        path = resume / "config.yaml" if resume else flags.pop("config", None)
+        config = read_config(settings, kinds, path, flags)
+        run = resume or new_folder(config.out_dir)
+    except (OSError, ValueError, RunError) as error:
+        parser.error(one_line(error))
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
+    print(f"run: {run} on {config.device}   (interrupted? --resume {shlex.quote(str(run))})")
     end_on_ctrl_c(run)
     return config, run, torch.device(config.device)
 
 
 def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentParser:
     """--config, --resume, and a flag for each key, with the key's comment as its help."""
-    text = (PROJECT / "config.yaml").read_text()
+    text = (PROJECT / "config.yaml").read_text(encoding="utf-8-sig", errors="replace")
     comments = dict(re.findall(r"^(\w+):.*?\s#\s*(.+)$", text.replace("%", "%%"), re.MULTILINE))
     parser = argparse.ArgumentParser(
         description=description,
@@ -74,21 +117,33 @@ def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentPar
         allow_abbrev=False,
     )
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")  # without usage
-    parser.add_argument("--config", metavar="FILE", type=Path, help="the settings (config.yaml)")
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="folder of a run to finish")
+    about = "settings that differ from config.yaml"
+    parser.add_argument("--config", metavar="FILE", type=user_path, help=about)
+    parser.add_argument("--resume", metavar="RUN", type=user_path, help="folder of a run to finish")
     for name in kinds:
         parser.add_argument(f"--{name}", metavar="VALUE", help=comments.get(name))
     return parser
 
 
-def read_config(settings: type, kinds: dict[str, Any], path: Path, flags: dict[str, str]) -> Any:
-    """`settings` filled from the file and the flags; ValueError names the place of a mistake."""
-    texts = read_texts(path, kinds) | flags
+def user_path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def read_config(settings: type, kinds: dict, path: Path | None, flags: dict[str, str]) -> Any:
+    """`settings` filled from config.yaml, the file at `path` and the flags.
+
+    Raises ValueError that names the place of a mistake.
+    """
+    base = PROJECT / "config.yaml"
+    texts = read_texts(base, kinds)
+    if missing := [name for name in kinds if name not in texts]:
+        raise ValueError(f"{base}: missing key '{missing[0]}'")
+    texts |= (read_texts(path, kinds) if path else {}) | flags
     try:
         config = settings(**{name: convert(name, texts[name], kinds[name]) for name in kinds})
         return replace(config, device=choose_device(config.device))
     except ValueError as error:  # its text begins with the key
-        where = "--" if str(error).split(":")[0] in flags else f"{path}: "
+        where = "--" if str(error).split(":")[0] in flags else f"{path or base}: "
         raise ValueError(f"{where}{error}") from None
 
 
@@ -97,15 +152,15 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
     True, and of a key that stands twice the first would vanish.
     """
     try:
-        root, texts = yaml.compose(path.read_text(encoding="utf-8")), {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+        root, texts = yaml.compose(path.read_text(encoding="utf-8-sig")), {}
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML in UTF-8: {shorten(str(error))}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: expected lines of the form 'key: value'")
     for key, node in root.value:
         name = str(key.value)
         if name not in kinds:
-            raise ValueError(f"{path}: unknown key '{name}'{hint(name, list(kinds))}")
+            raise ValueError(f"{path}: unknown key '{shorten(name)}'{hint(name, list(kinds))}")
         if name in texts:
             raise ValueError(f"{path}: key '{name}' stands twice")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
@@ -113,9 +168,7 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
             raise ValueError(f"{path}: {name}: expected one value or a list of values")
         texts[name] = ",".join(item.value for item in items)
         if kinds[name] is Path:  # in a file, paths are seen from the project's folder
-            texts[name] = str(PROJECT / texts[name])
-    if missing := [name for name in kinds if name not in texts]:
-        raise ValueError(f"{path}: missing key '{missing[0]}'")
+            texts[name] = str(PROJECT / user_path(texts[name]))
     return texts
 
 
@@ -124,68 +177,160 @@ def hint(name: str, known: list[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
+def shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def convert(name: str, text: str, kind: Any) -> Any:
-    """`text` as `kind`: true or false, a word of a Literal, a tuple from comma-separated words."""
+    """`text` as `kind`: true or false, a word of a Literal, a tuple from comma-separated words, a
+    number within the bounds of an Annotated.
+    """
+    kind, *bounds = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     if get_origin(kind) is tuple:
-        return tuple(convert(name, word.strip(), get_args(kind)[0]) for word in text.split(","))
+        words, inner = [word.strip() for word in text.split(",")], get_args(kind)
+        if inner[-1] is not ... and len(words) != len(inner):
+            raise ValueError(f"{name}: expected {len(inner)} values, found '{shorten(text)}'")
+        return tuple(convert(name, word, inner[0]) for word in words)
     choices = {word: word for word in get_args(kind)}  # of a Literal
     if kind is bool:
         choices = {"true": True, "false": False}
     expected = " | ".join(choices) or kind.__name__
     try:
-        value = choices[text] if choices else kind(text)
+        value = choices[text] if choices else user_path(text) if kind is Path else kind(text)
     except (KeyError, ValueError):
-        raise ValueError(f"{name}: expected {expected}, found '{text}'") from None
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, found '{text}'")
+        raise ValueError(f"{name}: expected {expected}, found '{shorten(text)}'") from None
+    if kind in (int, float):
+        check_bounds(name, value, bounds)
     return value
+
+
+def check_bounds(name: str, value: float, bounds: list[str]) -> None:
+    """Raises ValueError if the number breaks a bound as "<= 10", or is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, found '{value}'")
+    lower, upper = (any(bound[0] == sign for bound in bounds) for sign in "><")
+    for bound in (*bounds, *([] if lower else ["> 0"]), *([] if upper else ["<= 1000000000"])):
+        sign, limit = bound.split()
+        holds, words = BOUNDS[sign]
+        if not holds(value, float(limit)):
+            raise ValueError(f"{name}: expected {words} {limit}, found {shorten(str(value))}")
 
 
 def choose_device(name: str) -> str:
     """Its full name; `auto` is CUDA where there is one. Raises ValueError if it cannot be used."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: expected auto | cpu | cuda | cuda:N, found '{name}'")
+        raise ValueError(f"device: expected auto | cpu | cuda | cuda:N, found '{shorten(name)}'")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return str(torch.zeros((), device=name).device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: '{name}' cannot be used here: {reason}") from None
 
 
-def open_run(config: Any) -> Path:
-    """A new folder `out_dir/<date-time>` that holds the settings as they were resolved."""
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    while True:
-        run = config.out_dir / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
-        try:
-            run.mkdir()
-            break
-        except FileExistsError:  # another run began within the same millisecond
-            time.sleep(0.001)
-    plain = asdict(config)
-    for name, value in plain.items():
-        if isinstance(value, Path):
-            plain[name] = os.path.relpath(value, PROJECT)
-        elif isinstance(value, tuple):
-            plain[name] = list(value)
-    (run / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
-    return run
+# --- the run's folder -------------------------------------------------------------------------
 
 
-def end_on_ctrl_c(run: Path) -> None:
-    """From here on Ctrl-C ends the program in one line that says how to go on, status 130."""
+def new_folder(parent: Path) -> Path:
+    """The path of a folder `parent/<date-time>` that is not there yet."""
+    parent.mkdir(parents=True, exist_ok=True)
+    path = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    number = 1
+    while path.exists():  # two within a millisecond, or a clock that stands still
+        number += 1
+        path = path.with_name(f"{path.name.split('_n')[0]}_n{number}")
+    return path
 
-    def end(*_: Any) -> None:
-        print(f"\ninterrupted; to go on: python {sys.argv[0]} --resume {run}", file=sys.stderr)
-        sys.exit(130)
 
-    signal.signal(signal.SIGINT, end)
+def check_resumable(run: Path) -> None:
+    """Raises RunError unless `run` is an unfinished run of this project, left as it was, in which
+    no other process works.
+    """
+    if not (run / "history.pt").is_file():
+        raise RunError(f"--resume: {run} holds no history.pt: there is nothing to resume")
+    saved = read_torch(run / "history.pt")
+    if not isinstance(saved, dict) or saved.get("project") != PROJECT.name:
+        raise RunError(f"--resume: {run} is not a run of {PROJECT.name} as it is today")
+    if saved["finished"]:
+        raise RunError(f"--resume: {run} is finished; see its metrics.json")
+    if not (run / "config.yaml").is_file() or saved["settings"] != settings_digest(run):
+        changed = f"--resume: {run / 'config.yaml'} was changed after the run began"
+        raise RunError(f"{changed}; with other settings, begin a new run")
+    lock(run)
 
 
-def finish_run(run: Path, config: Any, *, dataset: str, headline: dict, metrics: dict) -> None:
-    """Write metrics.json and show the headline; the run's folder is the last line."""
+def settings_digest(run: Path) -> str:
+    return hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+
+
+def lock(run: Path) -> None:
+    """Until this process ends. Raises RunError if another process works in the folder."""
+    if fcntl is None or run.resolve() in LOCKS:
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise RunError(f"{run}: another process is working in this folder") from None
+    LOCKS[run.resolve()] = handle
+
+
+def open_run(run: Path, config: Any, name: str, *data: Any) -> None:
+    """Make the run's folder with the settings, or check that a resumed run has the same data.
+
+    `data` are tensors, arrays, texts and tuples of them: what the result depends on. Raises
+    RunError if they are not those that the run began with.
+    """
+    description = {"name": name, "sha256": fingerprint(*data)}
+    if run.exists():
+        saved = read_torch(run / "history.pt")
+        if saved["data"] != description:
+            raise RunError(
+                f"--resume: {run} began with other data: {saved['data']['name']} "
+                f"{saved['data']['sha256'][:8]}, now {name} {description['sha256'][:8]}"
+            )
+    else:
+        run.mkdir()
+        lock(run)
+        plain = {
+            name: os.path.relpath(value, PROJECT) if isinstance(value, Path) else value
+            for name, value in asdict(config).items()
+        }
+        plain |= {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        replace_file(run / "config.yaml", text.encode())
+    HEADER.clear()
+    HEADER.update(project=PROJECT.name, settings=settings_digest(run), data=description)
+    if not (run / "history.pt").exists():
+        save_checkpoint(run, "", {}, [])
+
+
+def fingerprint(*parts: Any) -> str:
+    """A digest of tensors, arrays, texts, numbers and tuples of them; of values, not of devices."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.cpu().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
+        elif isinstance(part, (tuple, list)):
+            digest.update(fingerprint(*part).encode())
+        elif isinstance(part, dict):
+            digest.update(fingerprint(*part.items()).encode())
+        else:
+            digest.update(f"{type(part).__name__}{part}".encode())
+    return digest.hexdigest()
+
+
+def finish_run(
+    run: Path, config: Any, *, dataset: str, headline: dict, metrics: dict, use: str
+) -> None:
+    """Write metrics.json, show the headline and `use`, the command that uses what was trained; the
+    run's folder is the last line.
+    """
     git = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -200,13 +345,159 @@ def finish_run(run: Path, config: Any, *, dataset: str, headline: dict, metrics:
         "seconds": round(time.perf_counter() - STARTED, 1),
         "versions": {"python": platform.python_version()} | versions,
         "commit": commit or None,
-        "headline": headline,
-        "metrics": metrics,
+        "headline": without_nan(headline),
+        "metrics": without_nan(metrics),
     }
-    replace_file(run / "metrics.json", (json.dumps(report, indent=2) + "\n").encode())
-    for name, value in headline.items():
-        print(f"{name:>32}  {value:.4g}")
-    print(run)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    checkpoint = read_torch(run / "history.pt")
+    save(run / "history.pt", checkpoint | {"finished": True, "parts": {}})
+    replace_file(run / "metrics.json", text.encode())
+    for name, value in report["headline"].items():
+        print(f"{name:>32}  {'-' if value is None else f'{value:.4g}'}")
+    print(f"use it: {use}\n{run}")
+
+
+def without_nan(value: Any) -> Any:
+    """None for each number that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def try_plot(plot: Callable, *args: Any, **options: Any) -> None:
+    """Call it; a picture that fails is named, and the run goes on to its numbers."""
+    try:
+        plot(*args, **options)
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}")
+        print(f"warning: no picture from {plot.__name__}: {reason}", file=sys.stderr)
+
+
+# --- how a program ends -----------------------------------------------------------------------
+
+
+def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
+    """Call it; what the user can mend (`errors`, a full disk, too little memory) ends the program
+    in one line, status 1.
+    """
+    try:
+        main()
+    except BrokenPipeError:  # of `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        sys.exit(141)
+    except (*errors, RunError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sys.exit(f"error: out of memory; make smaller: {sizes()} ({shorten(one_line(error))})")
+    finally:
+        for name, module in list(sys.modules.items()):  # the next project of a notebook has its own
+            own = Path(getattr(module, "__file__", None) or "").parent == PROJECT
+            if own and name != "__main__":
+                del sys.modules[name]
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def sizes() -> str:
+    """The settings on which the memory needed depends."""
+    text = (PROJECT / "config.yaml").read_text(encoding="utf-8-sig", errors="replace")
+    words = "batch|size|count|images|width|widths"
+    return ", ".join(re.findall(rf"^((?:\w+_)?(?:{words})(?:_\w+)?):", text, re.MULTILINE))
+
+
+def end_on_ctrl_c(run: Path | None = None) -> None:
+    """From here on Ctrl-C ends the program in one line that says how to go on, status 130."""
+
+    def end(*_: Any) -> None:
+        again = f"; to go on: python {shlex.join([sys.argv[0], '--resume', str(run)])}"
+        print(f"\ninterrupted{again if run and run.exists() else ''}", file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, end)
+
+
+# --- epochs -----------------------------------------------------------------------------------
+
+
+def epochs(
+    run: Path,
+    stage: str,
+    parts: dict[str, Any],
+    count: int,
+    seed: int,
+    *,
+    best: tuple[str, Callable] | None = None,
+    keep: str = "model",
+    patience: int | None = None,
+    first: int = 1,
+    every: float = 0.0,
+) -> Iterator[dict]:
+    """A row of history.csv for each epoch that is left to do; the caller trains and fills it.
+
+    `parts` (name to anything with state_dict) are put into the state of the last checkpoint, saved
+    after each epoch, at most once in `every` seconds. In the end part `keep` has its weights from
+    the epoch that was `best`, as ("val_loss", min), or from the last one. Without a better one for
+    `patience` epochs the stage ends. Seeds are set anew from (seed, stage, epoch): a resumed epoch
+    draws what it would have drawn. Raises FloatingPointError if loss or score are not finite.
+    """
+    history = load_checkpoint(run, stage, parts)
+    rows = [row for row in history if row["stage"] == stage]
+    saved = time.perf_counter()
+    while len(rows) <= count - first and not stalled(rows, best, patience):
+        epoch = first + len(rows)
+        seed_everything(seed, stage, epoch)
+        began = time.perf_counter()
+        row = {"stage": stage, "epoch": epoch, "seconds": 0.0}
+        yield row
+        row["seconds"] = time.perf_counter() - began
+        check_finite(row, best)
+        rows.append(row)
+        history.append(row)
+        if best is None or row[best[0]] == best[1](old[best[0]] for old in rows):
+            save(run / f"{stage}.pt", parts[keep].state_dict())
+        over = len(rows) > count - first or stalled(rows, best, patience)
+        if over or time.perf_counter() - saved >= every:
+            save_checkpoint(run, stage, parts, history)
+            saved = time.perf_counter()
+        numbers = [f"{name} {x:.4g}" for name, x in row.items() if isinstance(x, (int, float))]
+        print("  ".join([stage, *numbers]))
+    parts[keep].load_state_dict(read_torch(run / f"{stage}.pt"))
+
+
+def stalled(rows: list[dict], best: tuple[str, Callable] | None, patience: int | None) -> bool:
+    """Whether `patience` epochs have passed since the best one, of equals the first."""
+    if not rows or not best or patience is None:
+        return False
+    scores = [row[best[0]] for row in rows]
+    return len(scores) - 1 - scores.index(best[1](scores)) >= patience
+
+
+def check_finite(row: dict, best: tuple[str, Callable] | None) -> None:
+    watched = [name for name in row if name.startswith("train_") or (best and name == best[0])]
+    for name in watched:
+        if row[name] is not None and not math.isfinite(row[name]):
+            place = f"{row['stage']} epoch {row['epoch']}"
+            raise FloatingPointError(f"{place}: {name} is not finite; a smaller lr may help")
+
+
+def sum_losses(losses: list[torch.Tensor], label: str) -> torch.Tensor:
+    """Sum over the steps in float64, of one number or several per step.
+
+    Read from the device once per epoch, so that the loop never waits for it. Raises
+    FloatingPointError that names the first step whose loss is not finite.
+    """
+    losses = torch.stack(losses).double().cpu()
+    finite = losses.isfinite().view(len(losses), -1).all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0]) + 1
+        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
+    return losses.sum(0)
 
 
 def seed_everything(*parts: int | str) -> None:
@@ -219,6 +510,9 @@ def seed_everything(*parts: int | str) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -242,6 +536,17 @@ def save(path: Path, state: Any) -> None:
     replace_file(path, buffer.getbuffer())
 
 
+def read_torch(path: Path) -> Any:
+    """What `save` wrote, on the CPU. Raises RunError if the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch each have their own
+        reason = shorten(str(error).split("\n")[0])
+        raise RunError(f"{path} is damaged; begin a new run ({reason})") from None
+
+
 def save_checkpoint(run: Path, stage: str, parts: dict[str, Any], history: list[dict]) -> None:
     """After an epoch: history.csv with all rows so far, history.pt with the state of `parts` too.
 
@@ -256,7 +561,7 @@ def save_checkpoint(run: Path, stage: str, parts: dict[str, Any], history: list[
     state = {name: part.state_dict() for name, part in parts.items()}
     seconds = time.perf_counter() - STARTED
     checkpoint = {"stage": stage, "seconds": seconds, "history": history, "parts": state}
-    save(run / "history.pt", checkpoint)
+    save(run / "history.pt", HEADER | {"finished": False} | checkpoint)
 
 
 def load_checkpoint(run: Path, stage: str, parts: dict[str, Any]) -> list[dict]:
@@ -268,9 +573,48 @@ def load_checkpoint(run: Path, stage: str, parts: dict[str, Any]) -> list[dict]:
     global STARTED
     if not (run / "history.pt").exists():
         return []
-    checkpoint = torch.load(run / "history.pt", map_location="cpu", weights_only=True)
+    checkpoint = read_torch(run / "history.pt")
     STARTED = min(STARTED, time.perf_counter() - checkpoint["seconds"])  # an earlier process's too
     if checkpoint["stage"] == stage:
         for name, part in parts.items():
             part.load_state_dict(checkpoint["parts"][name])
     return checkpoint["history"]
+
+
+def read_rows(run: Path, stage: str) -> list[dict]:
+    """The rows of one stage, those of an earlier process too."""
+    return [row for row in load_checkpoint(run, "", {}) if row["stage"] == stage]
+
+
+# --- prediction -------------------------------------------------------------------------------
+
+
+def start_predict(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, dict, Path, torch.device]:
+    """The arguments, what the run's model.pt holds, a new folder for the results, the device.
+
+    `parser` has the project's own flags; RUN, INPUT, --out_dir and --device are added. A mistake
+    ends the program in one line, status 2.
+    """
+    parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
+    parser.add_argument("run", metavar="RUN", type=user_path, help="a run's folder or its model.pt")
+    parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files and folders")
+    place = "where the folder of results is made (RUN/predictions)"
+    parser.add_argument("--out_dir", metavar="DIR", type=user_path, help=place)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (auto)")
+    given = parser.parse_args(argv)
+    try:
+        device = torch.device(choose_device(given.device))
+        path = given.run / "model.pt" if given.run.is_dir() else given.run
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file; a run writes it when it ends")
+        saved = read_torch(path)
+        if not isinstance(saved, dict) or saved.get("project") != PROJECT.name:
+            raise ValueError(f"{path}: this is not the model of a run of {PROJECT.name}")
+        folder = new_folder(given.out_dir or path.parent / "predictions")
+        folder.mkdir()
+    except (OSError, ValueError, RunError) as error:
+        parser.error(one_line(error))
+    end_on_ctrl_c()
+    return given, saved, folder, device

@@ -1,4 +1,4 @@
-"""A ResNet with two heads on pictures of leaves: one names the disease, one makes a map of them.
+"""A network with two heads for pictures of leaves: one names the disease, one makes a map of them.
 
 The map is an embedding, in two dimensions, shaped by a triplet loss with hard mining: every picture
 nearer to the most different one of its class than to the most similar one of another.
@@ -7,13 +7,11 @@ Run it with `python cotton_triplet/train.py`, or `python cotton_triplet/train.py
 """
 
 import copy
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +19,62 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Data, DataError, Examples, batches, load
+from data import (
+    Data,
+    DataError,
+    Examples,
+    augment,
+    batches,
+    count_batches,
+    load,
+    pk_batches,
+    pretrained_weights,
+    read_program,
+    thumbnails,
+)
 from model import (
     Outputs,
     TwoHeads,
-    active_share,
-    augment,
     collapsed,
-    count_batches,
-    euclidean,
-    imagenet_weights,
+    in_plane,
     make_trunk,
-    mean_distance,
-    mean_or_zero,
     mine,
-    pk_batches,
-    resting_loss,
-    triplet_losses,
+    nearest,
+    other_pairs,
+    pair_distances,
+    relative,
+    retrieval_scores,
+    triplet_loss,
+    trunk_width,
+    within_to_between,
 )
-from plots import plot_confusion, plot_curves, plot_film, plot_maps, plot_triplets
-from run import finish_run, load_checkpoint, save, save_checkpoint, seed_everything, start_run
+from plots import (
+    plot_confusion,
+    plot_curves,
+    plot_film,
+    plot_maps,
+    plot_retrieval,
+    plot_thumbnails,
+    plot_triplets,
+)
+from run import (
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    read_torch,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
 
 PARTS = ("train", "val", "test")
 METHODS = {"both": "both terms", "no_triplet": "no triplet term", "no_cls": "no cls term"}
@@ -49,53 +83,102 @@ BATCH = 256  # images at a time where nothing is learned
 
 @dataclass(frozen=True)
 class Config:
-    """Names and types; values and their comments stand in config.yaml."""
+    """Names, types and bounds; values and their comments stand in config.yaml."""
 
-    dataset: Literal["auto", "folder", "leaves"]
+    dataset: Literal["leaves", "folder"]
     data_dir: Path
     out_dir: Path
     device: str
-    seed: int
-    image_size: int
-    leaf_count: int
-    same_bits: int
-    resnet: Literal["small", "resnet18", "resnet34", "resnet50"]
-    widths: tuple[int, ...]
-    weights: Literal["auto", "imagenet", "none"]
+    seed: Seed
+    image_size: Annotated[int, ">= 16", "<= 1024"]
+    leaf_count: Annotated[int, ">= 60", "<= 1000000"]
+    same_bits: Annotated[int, ">= 0", "<= 128"]
+    resnet: str
+    widths: tuple[Width, ...]
+    weights: Literal["none", "imagenet"]
+    frozen_epochs: Annotated[int, ">= 0", "<= 100000"]
+    trunk_lr: Rate
     precision: Literal["auto", "float32", "bfloat16"]
-    embedding_size: int
-    triplet_weight: float
-    mining: Literal["hard", "semihard", "all"]
-    margin: float
+    embedding_size: Annotated[int, ">= 2", "<= 4096"]
+    triplet_weight: Annotated[float, ">= 0", "<= 1"]
+    mining: Literal["gradual", "hard", "semihard", "all"]
+    relative_margin: bool
+    margin: Annotated[float, "> 0", "<= 1000"]
     soft_margin: bool
-    classes_per_batch: int
-    pictures_per_class: int
-    epochs: int
-    lr: float
-    weight_decay: float
+    classes_per_batch: Annotated[int, ">= 2", "<= 1000"]
+    pictures_per_class: Annotated[int, ">= 2", "<= 1000"]
+    epochs: Epochs
+    lr: Rate
+    weight_decay: Decay
+    compare: bool
     ablation: bool
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "same_bits": 0, "weight_decay": 0, "triplet_weight": 0}
-        least |= {"image_size": 16, "leaf_count": 60, "embedding_size": 2}
-        least |= {"classes_per_batch": 2, "pictures_per_class": 2}
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if isinstance(numbers[0], (bool, str, Path)):
-                continue
-            if name in least and min(numbers) < least[name]:
-                raise ValueError(f"{name}: expected at least {least[name]}, found {min(numbers)}")
-            if name not in least and not min(numbers) > 0:
-                raise ValueError(f"{name}: expected more than 0, found {min(numbers)}")
-        for name, most in (("triplet_weight", 1), ("same_bits", 128)):
-            if getattr(self, name) > most:
-                raise ValueError(f"{name}: expected at most {most}, found {getattr(self, name)}")
-        if self.resnet == "small" and self.weights == "imagenet":
-            raise ValueError("weights: expected auto | none with resnet small, found 'imagenet'")
+        if self.weights == "imagenet" and (self.resnet == "small" or self.resnet.endswith(".pt2")):
+            raise ValueError("weights: imagenet is for a classifier of torchvision; expected none")
+        if self.ablation and not self.compare:
+            raise ValueError("ablation: expected false where compare is false")
+
+
+class Source(NamedTuple):
+    """What a trunk begins with: pretrained weights, an exported program, or neither."""
+
+    state: dict[str, Tensor] | None
+    program: bytes | None
+
+    def pretrained(self) -> bool:
+        return self.state is not None or self.program is not None
 
 
 def main() -> None:
     config, run, device = start_run(Config, __doc__)
+    source = load_source(config)
+    data = load_data(config, device)
+    open_run(run, config, data.name, data.classes, data.train, data.val, data.test, *source)
+    weights = {"both": config.triplet_weight, "no_triplet": 0.0, "no_cls": 1.0}
+    models, outputs, metrics = {}, {}, {}
+    if config.compare:
+        metrics["baselines"] = baselines(new_model(data, config, source, device), data)
+    for method in METHODS if config.ablation else ["both"]:
+        models[method] = new_model(data, config, source, device)
+        fit(models[method], method, weights[method], data, config, run)
+        outputs[method] = {part: predict(models[method], getattr(data, part)) for part in PARTS}
+        metrics[method] = test_numbers(outputs[method], data)
+    rows = read_rows(run, "both")
+    metrics["data"] = data.numbers | {part: len(getattr(data, part).x) for part in PARTS}
+    metrics["parameters"] = sum(part.numel() for part in models["both"].parameters())
+    metrics["collapsed_epochs"] = sum(row["collapsed"] for row in rows)
+    metrics["timing"] = timing(models["both"], rows, data, config)
+    plot_results(metrics, outputs, rows, data, config, run)
+    save_model(models["both"], outputs["both"]["train"], source, data, config, run)
+    finish_run(
+        run,
+        config,
+        dataset=data.name,
+        headline=headline(metrics),
+        metrics=metrics,
+        use=f"python cotton_triplet/predict.py {run} PICTURE...",
+    )
+
+
+def load_source(config: Config) -> Source:
+    """Raises DataError if the weights cannot be had, or there is no such network."""
+    state, program = None, None
+    if config.resnet.endswith(".pt2"):
+        program = read_program(config.resnet, config.data_dir)
+    try:
+        trunk_width(make_trunk(config.resnet, config.widths, program=program), config.image_size)
+    except ValueError as error:
+        raise DataError(f"resnet: {error}") from error
+    if config.weights == "imagenet":
+        from torchvision.models import get_model_weights  # imported where it is used: it is slow
+
+        url = get_model_weights(config.resnet).DEFAULT.url
+        state = pretrained_weights(url, config.data_dir)
+    return Source(state, program)
+
+
+def load_data(config: Config, device: torch.device) -> Data:
     data = load(
         dataset=config.dataset,
         data_dir=config.data_dir,
@@ -105,48 +188,23 @@ def main() -> None:
         seed=config.seed,
     )
     print(data.note)
-    data = data.to(device)
-    state = pretrained(config)
-
-    weights = {"both": config.triplet_weight, "no_triplet": 0.0, "no_cls": 1.0}
-    models, rows, said, metrics = {}, {}, {}, {}
-    for method in METHODS if config.ablation else ["both"]:
-        models[method] = new_model(data, config, state, device)
-        rows[method] = fit(models[method], method, weights[method], data, config, run)
-        said[method] = {part: say(models[method], getattr(data, part)) for part in PARTS}
-        metrics[method] = judge(said[method], data)
-    metrics["data"] = data.numbers | {part: len(getattr(data, part).x) for part in PARTS}
-    metrics["parameters"] = sum(part.numel() for part in models["both"].parameters())
-    metrics["collapsed_epochs"] = sum(row["collapsed"] for row in rows["both"])
-    metrics["timing"] = timing(models["both"], rows["both"], data, config)
-    draw(metrics, said, rows["both"], data, config, run)
-    finish_run(run, config, dataset=data.name, headline=headline(metrics), metrics=metrics)
+    return data.to(device)
 
 
 # --- training ---------------------------------------------------------------------------------
 
 
-def pretrained(config: Config) -> dict | None:
-    """ImageNet weights, or None. Raises OSError if they were asked for and cannot be had."""
-    if config.weights == "none" or config.resnet == "small":
-        print("weights: random ones")
-        return None
-    try:
-        state = imagenet_weights(config.resnet)
-        print(f"weights: {config.resnet}'s of ImageNet")
-        return state
-    except OSError as error:
-        if config.weights == "imagenet":
-            raise
-        print(f"weights: random ones ({error})")
-        return None
-
-
-def new_model(data: Data, config: Config, state: dict | None, device: torch.device) -> TwoHeads:
+def new_model(data: Data, config: Config, source: Source, device: torch.device) -> TwoHeads:
     """All methods begin with the same weights."""
     seed_everything(config.seed, "initialisation")
-    trunk, width = make_trunk(config.resnet, config.widths, state)
-    model = TwoHeads(trunk, width, classes=len(data.classes), embedding_size=config.embedding_size)
+    trunk = make_trunk(config.resnet, config.widths, state=source.state, program=source.program)
+    model = TwoHeads(
+        trunk,
+        trunk_width(trunk, config.image_size),
+        classes=len(data.classes),
+        embedding_size=config.embedding_size,
+        pretrained=source.pretrained(),
+    )
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -159,94 +217,93 @@ def use_bfloat16(config: Config) -> bool:
 
 def fit(
     model: TwoHeads, method: str, triplet_weight: float, data: Data, config: Config, run: Path
-) -> list[dict]:
-    """Leaves the weights of the best validation score in `model`; returns a row per epoch.
+) -> None:
+    """Leaves the weights of the best validation score in `model`.
 
-    The score weighs accuracy and precision@1 as the loss weighs its two terms.
+    The score weighs accuracy and precision@1 as the loss weighs its two terms. A pretrained trunk
+    is frozen for the first epochs, then learns at a rate of its own.
     """
     y = data.train.y.cpu()
     steps = count_batches(y, config.classes_per_batch, config.pictures_per_class)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    total = config.epochs * steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total)
+    optimizer = torch.optim.AdamW(rates(model, config), weight_decay=config.weight_decay)
+    peaks, total = [group["lr"] for group in optimizer.param_groups], config.epochs * steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = load_checkpoint(run, method, parts)
-    rows = [row for row in history if row["stage"] == method]
-
-    def step(loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    for epoch in range(len(rows) + 1, config.epochs + 1):
-        seed_everything(config.seed, epoch)  # each method sees the same pictures
-        began, label = time.perf_counter(), f"{method} epoch {epoch}"
-        numbers = train_one_epoch(model, data.train, triplet_weight, config, step, label)
-        row = {"stage": method, "epoch": epoch, "seconds": time.perf_counter() - began} | numbers
-        said = say(model, data.val)
-        row |= validate(said, data.val.y, triplet_weight)
-        rows.append(row)
-        history.append(row)
-        if row["val_score"] == max(earlier["val_score"] for earlier in rows):
-            save(run / f"{method}.pt", model.state_dict())
-        keep_frame(run / f"film-{method}.pt", epoch, said.embedding.cpu())
-        save_checkpoint(run, method, parts, history)
-        print("  ".join([method, *(f"{n} {x:.4g}" for n, x in list(row.items())[1:])]))
+    for row in epochs(run, method, parts, config.epochs, config.seed, best=("val_score", max)):
+        seed_everything(config.seed, row["epoch"])  # each method sees the same pictures
+        model.freeze_trunk(model.pretrained and row["epoch"] <= config.frozen_epochs)
+        began, label = time.perf_counter(), f"{method} epoch {row['epoch']}"
+        order = pk_batches(y, config.classes_per_batch, config.pictures_per_class)
+        row |= train_one_epoch(
+            model, data.train, order, optimizer, schedule, triplet_weight, config, label
+        )
+        row["train_seconds"] = time.perf_counter() - began
+        outputs = predict(model, data.val)
+        row |= evaluate(outputs, data.val.y, triplet_weight)
+        keep_frame(run / f"film-{method}.pt", row["epoch"], outputs.embedding.cpu())
         if row["collapsed"] and triplet_weight:
             print(
-                f"warning: the embedding is collapsed: a loss of {row['train_triplet_loss']:.3f} "
-                "is that of a single point; if it stays so: semihard mining, or a smaller lr"
+                f"warning: no map yet, or no longer: pictures of one class lie "
+                f"{row['within_to_between']:.2f} times as far apart as those of two, which are "
+                f"{row['mean_distance']:.2g} apart; if it stays so: mining gradual, or a smaller lr"
             )
-    best = torch.load(run / f"{method}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(best)
-    return rows
+
+
+def rates(model: TwoHeads, config: Config) -> list[dict]:
+    """The optimizer's groups: heads and trunk."""
+    trunk = list(model.trunk.parameters())
+    heads = [*model.classify.parameters(), *model.embed.parameters()]
+    trunk_lr = config.trunk_lr if model.pretrained else config.lr
+    return [{"params": heads, "lr": config.lr}, {"params": trunk, "lr": trunk_lr}]
 
 
 def keep_frame(path: Path, epoch: int, embedding: Tensor) -> None:
     """Add what an epoch made of the validation images to the film strip's file."""
-    frames = torch.load(path, weights_only=True) if path.exists() else {}
+    frames = read_torch(path) if path.exists() else {}
     save(path, frames | {epoch: embedding})
 
 
 def train_one_epoch(
     model: TwoHeads,
     train: Examples,
+    order: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
     triplet_weight: float,
     config: Config,
-    step: Callable[[Tensor], None],
     label: str,
 ) -> dict[str, float]:
-    """Means over the epoch's batches, all of one size. Raises FloatingPointError if not finite."""
+    """Means over the batches of `order`, all of one size. Raises FloatingPointError if a loss was
+    not finite.
+    """
     model.train()
-    half, margin = use_bfloat16(config), margin_of(config)
-    order = pk_batches(train.y.cpu(), config.classes_per_batch, config.pictures_per_class)
-    sums = []
+    half, sums = use_bfloat16(config), []
     for chosen in tqdm(order, label, leave=False, disable=None):
         chosen = chosen.to(train.x.device)
         x, y = augment(train.x[chosen].float() / 255), train.y[chosen]
         out = model(x, half=half)
         cls_loss = F.cross_entropy(out.logits, y)
-        losses = triplet_losses(out.embedding, mine(out.embedding, y, config.mining), margin)
-        triplet_loss = mean_or_zero(losses, out.embedding)
-        step((1 - triplet_weight) * cls_loss + triplet_weight * triplet_loss)
-        watched = (
-            cls_loss,
-            triplet_loss,
-            active_share(losses, margin),
-            mean_distance(out.embedding),
-        )
-        sums.append(torch.stack([number.detach() for number in watched]))
-    sums = torch.stack(sums)  # read once per epoch: the loop never waits for the device
-    if not sums.isfinite().all():
-        first = int((~sums.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f"{label}: the loss is not finite at step {first}")
-    names = ("train_cls_loss", "train_triplet_loss", "active_triplets", "mean_distance")
-    row = dict(zip(names, sums.mean(0).tolist(), strict=True))
-    row["collapsed"] = int(collapsed(row["train_triplet_loss"], row["mean_distance"], margin))
+        distance = pair_distances(out.embedding, out.embedding)
+        mined = triplet_loss(in_units(distance, config), y, config.mining, margin_of(config))
+        loss = (1 - triplet_weight) * cls_loss + triplet_weight * mined.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        mean_distance = distance.sum() / max(1, len(y) * (len(y) - 1))
+        watched = (cls_loss, *mined, mean_distance, within_to_between(distance, y))
+        sums.append(torch.stack([number.detach().float() for number in watched]))
+    names = ("train_cls_loss", "train_triplet_loss", "active_triplets", "hard_share")
+    names += ("mean_distance", "within_to_between")
+    row = dict(zip(names, (sum_losses(sums, label) / len(order)).tolist(), strict=True))
+    unit = 0.0 if config.relative_margin else config.margin
+    row["collapsed"] = int(collapsed(row["within_to_between"], row["mean_distance"], unit))
     return row
+
+
+def in_units(distance: Tensor, config: Config) -> Tensor:
+    """The distances (N, N) in which the margin is meant."""
+    return relative(distance) if config.relative_margin else distance
 
 
 def margin_of(config: Config) -> float | None:
@@ -257,61 +314,98 @@ def margin_of(config: Config) -> float | None:
 
 
 @torch.no_grad()
-def say(model: TwoHeads, examples: Examples) -> Outputs:
+def predict(model: TwoHeads, examples: Examples) -> Outputs:
     """What the model says of all examples, in float32."""
     model.eval()
     parts = [model(x) for x, _ in batches(examples, BATCH)]
     return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def validate(said: Outputs, y: Tensor, triplet_weight: float) -> dict[str, float]:
-    """Of the validation images; each one's nearest neighbour is sought among the others."""
-    distance = torch.cdist(said.embedding, said.embedding).fill_diagonal_(torch.inf)
-    precision = float((y[distance.argmin(1)] == y).double().mean())
-    accuracy = float((said.logits.argmax(1) == y).double().mean())
+def evaluate(outputs: Outputs, y: Tensor, triplet_weight: float) -> dict[str, float]:
+    """Of the validation images; each one's nearest neighbour is sought among the others, if its
+    class has any. Without such images the score is the accuracy.
+    """
+    accuracy = float((outputs.logits.argmax(1) == y).double().mean())
+    distance = pair_distances(outputs.embedding, outputs.embedding)
+    neighbour = distance.masked_fill(~other_pairs(len(y), y.device), torch.inf).argmin(1)
+    paired = y.bincount()[y] > 1
+    precision = float((y[neighbour] == y)[paired].double().mean())
+    both = (1 - triplet_weight) * accuracy + triplet_weight * precision
     return {
-        "val_cls_loss": float(F.cross_entropy(said.logits.double(), y)),
+        "val_cls_loss": float(F.cross_entropy(outputs.logits.double(), y)),
         "val_accuracy": accuracy,
         "val_precision_at_1": precision,
-        "val_score": (1 - triplet_weight) * accuracy + triplet_weight * precision,
+        "val_score": both if paired.any() else accuracy,
     }
 
 
-def judge(said: dict[str, Outputs], data: Data) -> dict:
+def test_numbers(outputs: dict[str, Outputs], data: Data) -> dict:
     """metrics.json's numbers on the test images, which are used here and nowhere before."""
     from sklearn.metrics import confusion_matrix, f1_score  # imported where used: they are slow
 
-    y, predicted = data.test.y.cpu(), said["test"].logits.argmax(1).cpu()
+    y, predicted = data.test.y.cpu(), outputs["test"].logits.argmax(1).cpu()
     metrics = {
         "accuracy": float((y == predicted).double().mean()),
         "macro_f1": float(f1_score(y, predicted, average="macro")),
         "confusion": confusion_matrix(y, predicted, labels=range(len(data.classes))).tolist(),
     }
     for space in ("embedding", "features"):
-        train, test = (getattr(said[part], space).cpu().numpy() for part in ("train", "test"))
-        metrics[space] = retrieval(train, data.train.y.cpu(), test, y)
+        train, test = (getattr(outputs[part], space) for part in ("train", "test"))
+        scores = retrieval_scores(test, data.test.y, train, data.train.y)
+        metrics[space] = scores | {"silhouette": silhouette(test, data.test.y)}
     return metrics
 
 
-def retrieval(train: Tensor, train_y: Tensor, test: Tensor, test_y: Tensor) -> dict[str, float]:
-    """How test rows (N, D) lie among training rows (M, D), and apart from one another by class."""
+def silhouette(points: Tensor, y: Tensor) -> float:
+    """Of points (N, D) by class; NaN where it is not defined, as with one point in each class."""
     from sklearn.metrics import silhouette_score
-    from sklearn.neighbors import KNeighborsClassifier
 
-    scores = {}
-    for name, neighbours in (("precision_at_1", 1), ("knn5_accuracy", min(5, len(train)))):
-        nearest = KNeighborsClassifier(neighbours).fit(train, train_y)
-        scores[name] = float(nearest.score(test, test_y))
-    return scores | {"silhouette": float(silhouette_score(test, test_y))}
+    if not 1 < len(y.unique()) < len(y):
+        return float("nan")
+    return float(silhouette_score(points.cpu().numpy(), y.cpu().numpy()))
+
+
+def baselines(model: TwoHeads, data: Data) -> dict[str, float]:
+    """Test accuracy of linear classifiers on six numbers of colour, and on the features of a
+    pretrained trunk as it came.
+    """
+    colours = [colour_numbers(getattr(data, part).x) for part in PARTS]
+    numbers = {"colour_accuracy": linear_accuracy(colours, data)}
+    if model.pretrained:
+        features = [predict(model, getattr(data, part)).features for part in PARTS]
+        numbers["probe_accuracy"] = linear_accuracy(features, data)
+    return numbers
+
+
+def colour_numbers(x: Tensor) -> Tensor:
+    """Mean and standard deviation (N, 6) of red, green and blue of uint8 images."""
+    parts = [block.float().flatten(2) for block in x.split(BATCH)]
+    return torch.cat([torch.cat((part.mean(2), part.std(2)), 1) for part in parts])
+
+
+def linear_accuracy(inputs: list[Tensor], data: Data) -> float:
+    """Of a logistic regression on inputs (N, F) of PARTS, its penalty chosen on validation."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train, val, test = (part.cpu().double().numpy() for part in inputs)
+    y, val_y, test_y = (getattr(data, part).y.cpu().numpy() for part in PARTS)
+    models = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(train, y)
+        for c in (0.01, 0.1, 1.0, 10.0)
+    ]
+    return float(max(models, key=lambda model: model.score(val, val_y)).score(test, test_y))
 
 
 def timing(model: TwoHeads, rows: list[dict], data: Data, config: Config) -> dict[str, float]:
     """Images per second in training, and the share of mining in a step, also at batch size 512."""
-    own = config.classes_per_batch * config.pictures_per_class
+    classes = min(config.classes_per_batch, len(data.classes))
+    own = classes * config.pictures_per_class
     images = own * count_batches(
         data.train.y.cpu(), config.classes_per_batch, config.pictures_per_class
     )
-    numbers = {"train_images_per_second": images / median(row["seconds"] for row in rows)}
+    numbers = {"train_images_per_second": images / median(row["train_seconds"] for row in rows)}
     for name, size in (("mining_share", own), ("mining_share_at_512", 512)):
         trials = [time_step(model, data.train, size, config) for _ in range(4)][1:]
         numbers[name] = median(mining / whole for whole, mining in trials)
@@ -327,10 +421,10 @@ def time_step(model: TwoHeads, train: Examples, size: int, config: Config) -> tu
     x, y = augment(train.x[chosen].float() / 255), train.y[chosen]
     out = trial(x, half=use_bfloat16(config))
     times.append(clock(x))
-    triplets = mine(out.embedding, y, config.mining)
+    distance = pair_distances(out.embedding, out.embedding)
+    mined = triplet_loss(in_units(distance, config), y, config.mining, margin_of(config))
     times.append(clock(x))
-    losses = triplet_losses(out.embedding, triplets, margin_of(config))
-    (F.cross_entropy(out.logits, y) + mean_or_zero(losses, out.embedding)).backward()
+    (F.cross_entropy(out.logits, y) + mined.loss).backward()
     optimizer.step()
     times.append(clock(x))
     return times[3] - times[0], times[2] - times[1]
@@ -348,71 +442,119 @@ def clock(x: Tensor) -> float:
 def headline(metrics: dict) -> dict[str, float]:
     both = metrics["both"]
     numbers = {name: both[name] for name in ("accuracy", "macro_f1")}
-    return numbers | {name: both["embedding"][name] for name in ("precision_at_1", "silhouette")}
+    spaces = ("precision_at_1", "map_at_r", "silhouette")
+    numbers |= {name: both["embedding"][name] for name in spaces}
+    return numbers | metrics.get("baselines", {})
 
 
-def draw(
-    metrics: dict, said: dict, rows: list[dict], data: Data, config: Config, run: Path
+def save_model(
+    model: TwoHeads, outputs: Outputs, source: Source, data: Data, config: Config, run: Path
 ) -> None:
-    both = metrics["both"]
+    """model.pt: all that predict.py needs, the map of the training pictures too."""
+    program = source.program
+    gallery = {
+        "embedding": outputs.embedding.cpu(),
+        "y": data.train.y.cpu(),
+        "names": list(data.names),
+        "thumbnails": thumbnails(data.train.x).cpu(),
+    }
+    description = {
+        "project": "cotton_triplet",
+        "resnet": config.resnet,
+        "widths": list(config.widths),
+        "program": torch.frombuffer(bytearray(program), dtype=torch.uint8) if program else None,
+        "pretrained": source.pretrained(),
+        "image_size": config.image_size,
+        "embedding_size": config.embedding_size,
+        "classes": list(data.classes),
+        "dataset": data.name,
+        "gallery": gallery,
+        "weights": model.state_dict(),
+    }
+    save(run / "model.pt", description)
+
+
+def plot_results(
+    metrics: dict, outputs: dict, rows: list[dict], data: Data, config: Config, run: Path
+) -> None:
+    both, y = metrics["both"], data.test.y.cpu().numpy()
     title = f"{data.name}: test accuracy {both['accuracy']:.3f}, "
     title += f"precision@1 {both['embedding']['precision_at_1']:.3f}"
-    plot_curves(rows, resting_loss(margin_of(config)), title, run / "curves.png")
-    plot_confusion(both["confusion"], data.classes, title, run / "confusion.png")
-    maps = {METHODS[method]: lay_out(said[method], data) for method in said}
-    first = METHODS["both"]
+    colour = metrics.get("baselines", {}).get("colour_accuracy")
+    try_plot(plot_curves, rows, colour, config.mining, title, run / "curves.png")
+    try_plot(plot_confusion, both["confusion"], data.classes, title, run / "confusion.png")
+    maps = {METHODS[method]: lay_out(outputs[method], data) for method in outputs}
+    first = maps[METHODS["both"]]
     axis = "dimension" if config.embedding_size == 2 else "component"
-    plot_maps({first: maps[first]}, data.classes, axis, title, run / "embedding.png")
+    what = f"{data.name}: the embedding with and without each term of the loss"
+    try_plot(plot_maps, {"": first}, data.classes, axis, title, run / "embedding.png")
     if config.ablation:
-        what = f"{data.name}: the embedding with and without each term of the loss"
-        plot_maps(maps, data.classes, axis, what, run / "ablation.png")
-    frames = torch.load(run / "film-both.pt", weights_only=True)
+        try_plot(plot_maps, maps, data.classes, axis, what, run / "ablation.png")
+    images = thumbnails(data.test.x).permute(0, 2, 3, 1).cpu().numpy()
+    path = run / "thumbnails.png"
+    try_plot(plot_thumbnails, first["test"][0], images, y, data.classes, axis, title, path)
+    film = film_strip(run / "film-both.pt")
+    labels = data.val.y.cpu().numpy()
+    try_plot(plot_film, film, labels, data.classes, axis, data.name, run / "film.png")
+    shown = hardest_triplets(outputs["both"]["test"].embedding, data.test)
+    try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
+    found = neighbours(outputs["both"], data)
+    try_plot(plot_retrieval, found, data.classes, title, run / "retrieval.png")
+
+
+def film_strip(path: Path) -> dict[int, np.ndarray]:
+    """Places (N, 2) of the validation images by epoch, all seen as the last."""
+    frames = read_torch(path)
     plane = in_plane(frames[max(frames)])
-    frames = {epoch: plane(points) for epoch, points in frames.items()}
-    plot_film(frames, data.val.y.cpu().numpy(), data.classes, axis, data.name, run / "film.png")
-    triplets = hardest_triplets(said["both"]["test"].embedding, data.test)
-    plot_triplets(triplets, data.classes, title, run / "triplets.png")
+    return {epoch: plane(points) for epoch, points in frames.items()}
 
 
-def in_plane(points: Tensor) -> Callable[[Tensor], np.ndarray]:
-    """What takes points (M, D) to the plane: principal components of `points`, if D is over 2."""
-    from sklearn.decomposition import PCA
-
-    if points.shape[1] == 2:
-        return lambda others: others.cpu().numpy()
-    components = PCA(2).fit(points.cpu().numpy())
-    return lambda others: components.transform(others.cpu().numpy())
-
-
-def lay_out(said: dict[str, Outputs], data: Data) -> dict:
+def lay_out(outputs: dict[str, Outputs], data: Data) -> dict:
     """The points of plot_maps."""
-    plane, y = in_plane(said["train"].embedding), data.test.y
-    wrong = (said["test"].logits.argmax(1) != y).cpu().numpy()
-    train = (plane(said["train"].embedding), data.train.y.cpu().numpy())
+    plane, y = in_plane(outputs["train"].embedding), data.test.y
     return {
-        "train": train,
-        "test": (plane(said["test"].embedding), y.cpu().numpy()),
-        "wrong": wrong,
+        "train": (plane(outputs["train"].embedding), data.train.y.cpu().numpy()),
+        "test": (plane(outputs["test"].embedding), y.cpu().numpy()),
+        "wrong": (outputs["test"].logits.argmax(1) != y).cpu().numpy(),
     }
 
 
 def hardest_triplets(embedding: Tensor, examples: Examples) -> list[dict]:
     """For each class the anchor whose d(a, p) - d(a, n) is largest, for plot_triplets."""
-    triplets = mine(embedding, examples.y, "hard")
-    a, p, n = (embedding[rows] for rows in triplets)
-    distances = torch.stack((euclidean(a, p), euclidean(a, n)), 1)
-    gap, chosen = distances[:, 0] - distances[:, 1], []
-    for label in examples.y[triplets.anchor].unique():
-        place = gap.masked_fill(examples.y[triplets.anchor] != label, -torch.inf).argmax()
-        rows = torch.stack([part[place] for part in triplets])
+    distance, chosen = pair_distances(embedding, embedding), []
+    anchor, positive, negative = mine(distance, examples.y, "hard")
+    pairs = torch.stack((distance[anchor, positive], distance[anchor, negative]), 1)
+    for label in examples.y[anchor].unique():
+        gap = (pairs[:, 0] - pairs[:, 1]).masked_fill(examples.y[anchor] != label, -torch.inf)
+        place = gap.argmax()
+        rows = torch.stack((anchor[place], positive[place], negative[place]))
         images = examples.x[rows].permute(0, 2, 3, 1).cpu().numpy()
-        chosen.append({"images": images, "labels": examples.y[rows].tolist()})
-        chosen[-1]["distances"] = distances[place].tolist()
+        labels = examples.y[rows].tolist()
+        chosen.append({"images": images, "labels": labels, "distances": pairs[place].tolist()})
     return chosen
 
 
+def neighbours(outputs: dict[str, Outputs], data: Data, most: int = 8) -> list[dict]:
+    """For plot_retrieval: the first test image of each class, then of each the first whose nearest
+    training image is of another; with the five nearest.
+    """
+    distances, rows = nearest(outputs["test"].embedding, outputs["train"].embedding, 5)
+    y, found = data.test.y, data.train.y[rows]
+    wrong = found[:, 0] != y
+    firsts = [(y == label).nonzero()[:1, 0] for label in range(len(data.classes))]
+    missed = [((y == label) & wrong).nonzero()[:1, 0] for label in range(len(data.classes))]
+    chosen = torch.cat(firsts[: most // 2] + missed + firsts[most // 2 :]).tolist()
+    return [
+        {
+            "query": data.test.x[place].permute(1, 2, 0).cpu().numpy(),
+            "label": int(y[place]),
+            "images": data.train.x[rows[place]].permute(0, 2, 3, 1).cpu().numpy(),
+            "labels": found[place].tolist(),
+            "distances": distances[place].tolist(),
+        }
+        for place in list(dict.fromkeys(chosen))[:most]
+    ]
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, DataError)
