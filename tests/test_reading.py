@@ -198,7 +198,8 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
         reader.unpack(archive, tmp_path)
 
 
-def test_a_text_that_is_not_utf8_is_named(reader, tmp_path):
+def test_a_text_that_is_not_utf8_is_named(tmp_path):
+    reader = module_with("read_text")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
     assert reader.read_text(tmp_path / "a.txt") == "one\n"
     (tmp_path / "a.txt").write_bytes(b"f\xfcr\n")
