@@ -531,7 +531,7 @@ def summarise(repeats: list[dict], config: Config) -> dict:
         if key in repeats[0]:
             names = repeats[0][key]
             metrics[key] = {
-                name: mean_and_sd([one[key][name] for one in repeats]) for name in names
+                name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
             }
     rounds = [arm["rounds"] for judged in repeats for arm in judged["arms"].values()]
     seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
@@ -542,7 +542,9 @@ def summarise(repeats: list[dict], config: Config) -> dict:
 def summarise_arm(trials: list[dict], stop: str) -> dict:
     """Test accuracy of the rounds that `stop` keeps, and of those that other ways would keep."""
     by_stop = {
-        way: mean_and_sd([trial["rounds"][trial["kept"][way]]["test_accuracy"] for trial in trials])
+        way: summary_of_seeds(
+            [trial["rounds"][trial["kept"][way]]["test_accuracy"] for trial in trials]
+        )
         for way in trials[0]["kept"]
     }
     best = [trial["kept"][stop] for trial in trials]
@@ -551,14 +553,14 @@ def summarise_arm(trials: list[dict], stop: str) -> dict:
     return {
         "test_accuracy": by_stop[stop],
         "kept_by": by_stop,
-        "pseudo_label_accuracy": mean_and_sd(right) if right else None,
+        "pseudo_label_accuracy": summary_of_seeds(right) if right else None,
         "best_round": best,
         "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
 
 
-def mean_and_sd(values: list[float]) -> dict:
+def summary_of_seeds(values: list[float]) -> dict:
     sd = stdev(values) if len(values) > 1 else 0.0
     return {"mean": mean(values), "sd": sd, "of_seeds": values}
 
