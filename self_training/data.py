@@ -395,13 +395,13 @@ def load_folder(folder: Path, image_size: int) -> Source:
     classes = tuple(known)
     extra = folder / "unlabelled"
     known[UNLABELLED] = visible_files(extra) if extra.is_dir() else []
-    train, files, bad = read_classes(known, size, folder)
+    train, files, bad = read_labelled(known, size, folder)
     test = None
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         others = labelled_files(folder / "test")
         if odd := sorted(set(classes) ^ set(others)):
             raise DataError(f"{folder}: class '{odd[0]}' is in only one of train/ and test/")
-        test, _, more = read_classes(others, size, folder)
+        test, _, more = read_labelled(others, size, folder)
         bad += more
         if test.x.shape[1:] != train.x.shape[1:]:
             raise DataError(f"{folder / 'test'}: another size than in train/; set image_size")
@@ -422,7 +422,7 @@ def labelled_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def read_classes(
+def read_labelled(
     files: dict[str, list[Path]], size: tuple[int, int] | None, cache: Path
 ) -> tuple[Images, tuple[str, ...], list[str]]:
     """Images, their paths below `cache`, and lines on what was left out."""

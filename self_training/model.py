@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 NONE = -1  # the pseudo-label of a picture that has none
 
 
-def conv(inputs: int, outputs: int) -> list[nn.Module]:
+def conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
     layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return [layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
@@ -31,11 +31,11 @@ class SmallCNN(nn.Module):
     def __init__(self, *, channels: int, width: int, classes: int):
         super().__init__()
         self.layers = nn.Sequential(
-            *conv(channels, width),
+            *conv_norm_relu(channels, width),
             nn.MaxPool2d(2),
-            *conv(width, 2 * width),
+            *conv_norm_relu(width, 2 * width),
             nn.MaxPool2d(2),
-            *conv(2 * width, 4 * width),
+            *conv_norm_relu(2 * width, 4 * width),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(16 * width, classes),

@@ -25,7 +25,7 @@ LABELS = {
 }
 
 
-def plot_accuracy(metrics: dict, own: str, title: str, path: Path) -> None:
+def plot_arms(metrics: dict, own: str, title: str, path: Path) -> None:
     """Test accuracy over the rounds, and of each arm's kept round by seed."""
     arms = metrics["arms"]
     figure, (left, right) = plt.subplots(

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time (64)")
     given, saved, folder, device = start_predict(parser)
-    model, bad, counts, shown = load_model(saved, device), [], Counter(), []
+    model, bad, counts, shown = load_kept(saved, device), [], Counter(), []
     size, classes = tuple(saved["image_size"]), saved["classes"]
     with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -40,12 +40,12 @@ def main() -> None:
             ]
             writer.writerows((name, label, f"{sure:.6f}") for name, label, sure in rows)
             counts.update(label for _, label, _ in rows)
-            extremes = keep_extremes(shown + list(zip(rows, x, strict=True)))
+            extremes = surest_and_least(shown + list(zip(rows, x, strict=True)))
             shown = [(row, picture.clone()) for row, picture in extremes]  # not the whole batch
-    report(saved, folder, counts, shown, bad)
+    show_results(saved, folder, counts, shown, bad)
 
 
-def load_model(saved: dict, device: torch.device) -> nn.Module:
+def load_kept(saved: dict, device: torch.device) -> nn.Module:
     """The network of a run's model.pt."""
     size = {"channels": saved["channels"], "width": saved["width"]}
     model = SmallCNN(**size, classes=len(saved["classes"]))
@@ -63,13 +63,13 @@ def predict_classes(
     return calibrated_probs(logits, saved["temperature"]).max(1)
 
 
-def keep_extremes(items: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, Tensor]]:
+def surest_and_least(items: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, Tensor]]:
     """The surest and the least sure, so that no more than these stay in memory."""
     items = sorted(items, key=lambda item: -item[0][2])
     return items if len(items) <= 2 * SHOWN else items[:SHOWN] + items[-SHOWN:]
 
 
-def report(saved: dict, folder: Path, counts: Counter, shown: list, bad: list[str]) -> None:
+def show_results(saved: dict, folder: Path, counts: Counter, shown: list, bad: list[str]) -> None:
     if shown:
         try_plot(plot_predictions, shown, folder / "predictions.png")
     for name, count in counts.most_common(20):

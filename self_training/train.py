@@ -53,7 +53,7 @@ from model import (
     share_changed,
     sklearn_accuracy,
 )
-from plots import plot_accuracy, plot_examples, plot_quality
+from plots import plot_arms, plot_examples, plot_quality
 from run import (
     Batch,
     Count,
@@ -209,15 +209,15 @@ def arms_of(trial: Trial) -> list[Arm]:
     arms = [Arm("supervised", "once", labelled)]
     arms += [Arm(method, method, labelled) for method in METHODS]
     if config.val_per_class:
-        both = join(labelled, val)
+        both = add_images(labelled, val)
         arms += [Arm("supervised_val", "once", both), Arm("method_val", config.method, both)]
     known = hidden != UNKNOWN
     if known.any():
-        arms.append(Arm("oracle", "once", join(labelled, Images(pool[known], hidden[known]))))
+        arms.append(Arm("oracle", "once", add_images(labelled, Images(pool[known], hidden[known]))))
     return arms
 
 
-def join(first: Images, second: Images) -> Images:
+def add_images(first: Images, second: Images) -> Images:
     return Images(*map(torch.cat, zip(first, second, strict=True)))
 
 
@@ -230,7 +230,7 @@ def self_train(trial: Trial, arm: Arm) -> Outcome:
     networks = new_networks(trial)
     fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
     parts = {"model": networks.teacher, "student": networks.student}
-    optimizer, schedule = new_optimizer(networks.student, config, all_steps(config))
+    optimizer, schedule = one_cycle_adamw(networks.student, config, all_steps(config))
     if arm.how == "every_step":  # one schedule over all rounds
         parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
     best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
@@ -244,7 +244,7 @@ def self_train(trial: Trial, arm: Arm) -> Outcome:
         if arm.how == "plain" or config.restart:
             networks.student.load_state_dict(fresh)
         if arm.how in ("plain", "rounds"):
-            optimizer, schedule = new_optimizer(networks.student, config, config.steps)
+            optimizer, schedule = one_cycle_adamw(networks.student, config, config.steps)
             networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
         seed_everything(config.seed, "round", number)  # the same for all arms
         row |= train_round(trial, arm, number, networks, optimizer, schedule)
@@ -267,7 +267,7 @@ def all_steps(config: Config) -> int:
     return config.steps * (config.rounds + 1)
 
 
-def new_optimizer(
+def one_cycle_adamw(
     model: nn.Module, config: Config, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
@@ -321,7 +321,7 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
         label = read_round(trial, arm.name, number - 1).given.label
         pseudo = Images(pool[label != NONE], label[label != NONE])
     if arm.how == "plain":  # as if they had been labelled
-        images, pseudo = join(images, pseudo), Images(pool[:0], pseudo.y[:0])
+        images, pseudo = add_images(images, pseudo), Images(pool[:0], pseudo.y[:0])
     steps = all_steps(config) if arm.how == "once" else config.steps
     if not len(pseudo.x):
         nothing, size = (pool[:0].float(), pseudo.y), config.batch_size + config.pool_batch_size
@@ -485,7 +485,7 @@ def judge(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     if config.compare:
         judged["sklearn"] = judge_sklearn(trial, "supervised", splits.labelled)
         if config.val_per_class:
-            both = join(splits.labelled, splits.val)
+            both = add_images(splits.labelled, splits.val)
             judged["sklearn_val"] = judge_sklearn(trial, "supervised_val", both)
     return judged
 
@@ -530,7 +530,9 @@ def summarise(repeats: list[dict], config: Config) -> dict:
     for key in ("sklearn", "sklearn_val"):
         if key in repeats[0]:
             names = repeats[0][key]
-            metrics[key] = {name: spread([one[key][name] for one in repeats]) for name in names}
+            metrics[key] = {
+                name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
+            }
     rounds = [arm["rounds"] for judged in repeats for arm in judged["arms"].values()]
     seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
     metrics["seconds_per_round"] = median(seconds) if seconds else None
@@ -540,7 +542,9 @@ def summarise(repeats: list[dict], config: Config) -> dict:
 def summarise_arm(trials: list[dict], stop: str) -> dict:
     """Test accuracy of the rounds that `stop` keeps, and of those that other ways would keep."""
     by_stop = {
-        way: spread([trial["rounds"][trial["kept"][way]]["test_accuracy"] for trial in trials])
+        way: summary_of_seeds(
+            [trial["rounds"][trial["kept"][way]]["test_accuracy"] for trial in trials]
+        )
         for way in trials[0]["kept"]
     }
     best = [trial["kept"][stop] for trial in trials]
@@ -549,14 +553,14 @@ def summarise_arm(trials: list[dict], stop: str) -> dict:
     return {
         "test_accuracy": by_stop[stop],
         "kept_by": by_stop,
-        "pseudo_label_accuracy": spread(right) if right else None,
+        "pseudo_label_accuracy": summary_of_seeds(right) if right else None,
         "best_round": best,
         "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
 
 
-def spread(values: list[float]) -> dict:
+def summary_of_seeds(values: list[float]) -> dict:
     sd = stdev(values) if len(values) > 1 else 0.0
     return {"mean": mean(values), "sd": sd, "of_seeds": values}
 
@@ -584,7 +588,7 @@ def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) 
     config, run = trial.config, trial.run
     count = len(trial.splits.labelled.y)
     title, own = f"{source.name}, {count} labels", config.method
-    try_plot(plot_accuracy, metrics, own, title, run / "accuracy.png")
+    try_plot(plot_arms, metrics, own, title, run / "accuracy.png")
     path = run / "pseudo_labels.png"
     try_plot(plot_quality, metrics["arms"], own, source.classes, title, path)
     kept = outcome.kept[config.stop]

@@ -45,7 +45,7 @@ from self_training.model import (
     share_changed,
     sklearn_accuracy,
 )
-from self_training.plots import plot_accuracy, plot_examples, plot_quality
+from self_training.plots import plot_arms, plot_examples, plot_quality
 
 PROJECT = load_project("self_training")
 DataError = PROJECT.data.DataError
@@ -807,7 +807,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
     found = [float(row["confidence"]) for row in table]
     assert found == pytest.approx(probs.max(1).values.tolist(), abs=1e-6)
     shown = {}
-    for plot in ("plot_accuracy", "plot_quality", "plot_examples"):
+    for plot in ("plot_arms", "plot_quality", "plot_examples"):
 
         def keep(*args: object, plot: str = plot) -> None:
             shown[plot] = args
@@ -815,7 +815,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
         monkeypatch.setattr(PROJECT.train, plot, keep)
     metrics = {"arms": {"rounds": {}}}
     PROJECT.train.plot_results(source, metrics, trial, outcome)
-    assert shown["plot_accuracy"][0] is metrics and shown["plot_quality"][0] is metrics["arms"]
+    assert shown["plot_arms"][0] is metrics and shown["plot_quality"][0] is metrics["arms"]
     first, mistakes, number, *_ = shown["plot_examples"]
     splits = trial.splits
     for items, place in ((first, 0), (mistakes, 1)):
@@ -1153,7 +1153,7 @@ def test_the_least_data_can_be_drawn(tmp_path):
     arm = {"rounds": rounds, "best_round": [0], "test_accuracy": half}
     sizes = {"labelled": 2, "validation": 0}
     metrics = {"arms": {"rounds": arm}, "sizes": sizes}
-    plot_accuracy(metrics, "rounds", "ti$tle", tmp_path / "accuracy.png")
+    plot_arms(metrics, "rounds", "ti$tle", tmp_path / "accuracy.png")
     plot_quality(metrics["arms"], "rounds", ("a$", "b"), "title", tmp_path / "quality.png")
     none = {"x": np.zeros((0, 1, 4, 4)), "label": [], "truth": [], "confidence": []}
     plot_examples(none, none, 0, ("a", "b"), "title", tmp_path / "examples.png")
