@@ -9,10 +9,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
+from PIL import Image
 from torch import Tensor
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """A PNG of at most 256 colours, which takes half the space."""
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def plot_curves(
@@ -40,8 +50,7 @@ def plot_curves(
         own, other = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
         axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {other:.5f}")
         axes.legend()
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def row_names(names: dict[str, str], code_size: int) -> dict[str, str]:
@@ -70,8 +79,7 @@ def plot_cross(numbers: dict, names: dict[str, str], code_size: int, path: Path)
     result = f"{names[y]} to {names[x]} {back:.4f}, {names[x]} to {names[y]} {across:.4f}"
     figure.suptitle(f"Test MSE: {result}")
     figure.colorbar(image, label="test MSE, pixels in [0, 1]")
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_reconstructions(
@@ -92,8 +100,7 @@ def plot_reconstructions(
             options = {"ha": "center", "fontsize": 10, "transform": panels[0].transAxes}
             for place, text in enumerate(("best", "median", "worst")):
                 panels[0].text((2 * place + 1) / 6, 1.12, f"{names[name]}: {text}", **options)
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def method_label(row: str, name: str, numbers: dict, names: dict[str, str]) -> str:
@@ -160,8 +167,7 @@ def plot_lines(lines: dict[str, Tensor], title: str, path: Path) -> None:
     for axes, (label, x) in zip(panels[:, 0], lines.items(), strict=True):
         show_line(axes, x, label)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
@@ -191,8 +197,7 @@ def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(f"{dataset}: classifiers by start, all weights learn; mean and sd over seeds")
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_probes(numbers: dict, dataset: str, path: Path) -> None:
@@ -217,5 +222,4 @@ def plot_probes(numbers: dict, dataset: str, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(f"{dataset}: classifiers on codes that stay as they are, mean over seeds")
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    save_figure(figure, path)

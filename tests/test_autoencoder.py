@@ -300,14 +300,15 @@ train_py = load_project("autoencoder").train
 @pytest.fixture(scope="module")
 def pair() -> data.Pair:
     """Digits and photographs as train.py gets them, of few images."""
-    train_data = load_project("autoencoder").data
-    x, y = train_data.load_digits(60, 0), train_data.load_photographs(60, 0)
+    own = load_project("autoencoder").data
 
-    def first(images, count):
-        return train_data.Images(images.x[:count], images.y[:count])
+    def few(train_images: int, seed: int) -> tuple:
+        return (60, 40, 40), [torch.Generator().manual_seed(number) for number in range(3)]
 
-    small = [s._replace(val=first(s.val, 40), test=first(s.test, 40)) for s in (x, y)]
-    return train_data.Pair(*small, "data: small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "counts_and_generators", few)
+        x, y = own.load_digits(60, 0), own.load_photographs(60, 0)
+    return own.Pair(x, y, "data: small")
 
 
 def experiment(pair: data.Pair, folder: Path, *flags: object) -> dict:

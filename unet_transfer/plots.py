@@ -90,8 +90,7 @@ def plot_examples(
             shown = pictures[row].cpu().numpy()
             if shown.ndim == 2:
                 options = {"vmin": -0.5, "vmax": len(segments) - 0.5, "interpolation": "nearest"}
-                cmap = ListedColormap(colors)
-                cmap.set_over("white")  # pixels that do not count
+                cmap = ListedColormap(colors).with_extremes(over="white")  # does not count
                 panel.imshow(shown, cmap=cmap, **options)
             else:
                 panel.imshow(shown)
