@@ -205,8 +205,8 @@ def count_cost(data: Data, config: Config) -> dict[str, float]:
 def plans(config: Config, number: int) -> dict[str, list[Plan]]:
     """The networks of each arm in run `number`; the predictions of an arm's networks are averaged.
 
-    deep: M twins, those of this run and the next ones: the bound, at M times the cost. small: in the
-    study, M networks of together as many parameters, which go with the square of the width.
+    deep: M twins, those of this run and the next: the bound, at M times the cost. small: in the
+    study, M networks of as many parameters together, which go with the width squared.
     """
     members = config.members
     found = {"mimo": [Plan(config.width, members, config.input_repetition, number)]}
