@@ -938,7 +938,7 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
         return loss
 
     def watch_assess(network, labelled, *rest):
-        assessed.append(len(labelled.y))
+        assessed.append((len(labelled.y), float(labelled.x.float().mean())))
         return assess_(network, labelled, *rest)
 
     monkeypatch.setattr(TRAIN, "acquire", watch)
@@ -947,7 +947,9 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
     folder = train("mc_dropout", *TINY, *STUDIES, "--out_dir", tmp_path)
     report = json.loads((folder / "metrics.json").read_text())
     assert list(report["metrics"]["study"]) == ["20", "50"]
-    assert assessed == [50] * 3 + [20] * 3 + [50] * 3
+    assert [count for count, _ in assessed] == [50] * 3 + [20] * 3 + [50] * 3
+    of_runs = [len({mean for _, mean in assessed[first : first + 3]}) for first in (0, 3, 6)]
+    assert of_runs == [1, 3, 3]  # in the study each run draws its own labels
     nll = report["metrics"]["study"]["20"]
     difference = nll["mc"]["nll"]["mean"] - nll["standard"]["nll"]["mean"]
     assert nll["mc_minus_standard"]["nll"]["mean"] == pytest.approx(difference, abs=1e-6)

@@ -694,6 +694,8 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm():
     assert minus["accuracy"] == pytest.approx({"mean": -0.1, "standard_error": 0.0})
     assert minus["corrupted_nll"]["mean"] == pytest.approx(nll(0.7, 0.9) - nll(0.5, 0.9))
     assert minus["nll_error_over_images"] > 0
+    # only the ninth image differs, and it shares a source with the tenth
+    assert minus["accuracy_error_over_images"] == pytest.approx(math.sqrt(4 * 0.2**2 + 0.8**2) / 10)
     assert metrics["arms"]["member"]["accuracy"]["mean"] == pytest.approx(0.75)
     assert metrics["arms"]["mimo"]["auroc_mutual_information_odd"]["mean"] == pytest.approx(0.45)
     assert len(metrics["arms"]["twin"]["by_severity_nll"]["mean"]) == len(TRAIN.CORRUPTED)
