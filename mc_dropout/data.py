@@ -408,7 +408,7 @@ def split(images: Images, shares: tuple[float, ...], seed: int) -> list[Images]:
     return [Images(images.x[part], images.y[part]) for part in parts]
 
 
-def choose(images: Images, count: int, seed: int) -> Images:
+def choose_images(images: Images, count: int, seed: int) -> Images:
     """`count` images drawn by `seed`; a larger count holds those of a smaller one."""
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(seed))
     chosen = order[:count].to(images.x.device)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--invert", action="store_true", help=help_text)
     parser.add_argument("--batch_size", type=int, default=100, help="pictures at once (100)")
     given, saved, folder, device = start_predict(parser)
-    network = load_network(saved).to(device)
+    network = load_cnn(saved).to(device)
     bad: list[str] = []
     extremes = {"most certain": [], "least certain": []}
     size = (saved["image_size"],) * 2
@@ -41,11 +41,11 @@ def main() -> None:
             rows = predict(network, x.to(device), names, saved)
             table.writerows(rows)
             count += len(rows)
-            keep_extremes(extremes, rows, x)
+            keep_most_and_least(extremes, rows, x)
     report_extremes(extremes, count, bad, folder)
 
 
-def load_network(saved: dict) -> nn.Sequential:
+def load_cnn(saved: dict) -> nn.Sequential:
     network = make_cnn(
         channels=saved["channels"],
         classes=len(saved["classes"]),
@@ -77,7 +77,7 @@ def predict(network: nn.Sequential, x: Tensor, names: list[str], saved: dict) ->
     ]
 
 
-def keep_extremes(extremes: dict[str, list], rows: list[tuple], x: Tensor) -> None:
+def keep_most_and_least(extremes: dict[str, list], rows: list[tuple], x: Tensor) -> None:
     """Of each kind, the SHOWN pictures so far: no other stays in memory."""
     for kind, sign in (("most certain", 1), ("least certain", -1)):
         found = [*extremes[kind], *zip(rows, x.unbind(), strict=True)]

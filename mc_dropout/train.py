@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Data, DataError, Images, as_float, choose, load, rotate, training_batches
+from data import Data, DataError, Images, as_float, choose_images, load, rotate, training_batches
 from model import (
     acquire,
     auroc,
@@ -137,7 +137,7 @@ def main() -> None:
     config, run, device = start_run(Config, __doc__)
     data = load_data(config, device)
     open_run(run, config, data.name, data.train, data.val, data.test, data.strange)
-    labelled = choose(data.train, config.train_images, config.seed)
+    labelled = choose_images(data.train, config.train_images, config.seed)
     count = config.runs if config.compare else 1
     networks = [fit(f"run{n}", labelled, data, config, run, n) for n in range(count)]
     numbers = tqdm(range(count), "evaluating", leave=False, disable=None)
@@ -191,7 +191,7 @@ def fit(
 ) -> nn.Sequential:
     """The network of run `number` with its last weights: no side's validation loss chooses them."""
     network = new_network(data, config, number)
-    optimizer, schedule = new_optimizer(network, config)
+    optimizer, schedule = one_cycle_optimizer(network, config)
     parts = {"model": network, "optimizer": optimizer, "schedule": schedule}
     for row in epochs(run, stage, parts, config.epochs, config.seed):
         label = f"{stage} epoch {row['epoch']}"
@@ -212,7 +212,7 @@ def new_network(data: Data, config: Config, number: int) -> nn.Sequential:
     return network.to(data.train.x.device, memory_format=torch.channels_last)
 
 
-def new_optimizer(
+def one_cycle_optimizer(
     network: nn.Module, config: Config
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(
@@ -399,7 +399,7 @@ def study(data: Data, config: Config, run: Path) -> dict:
     for count in config.study_images:
         outcomes = []
         for number in range(config.runs):
-            labelled = choose(data.train, count, config.seed + number)
+            labelled = choose_images(data.train, count, config.seed + number)
             network = fit(f"{count}images-run{number}", labelled, data, config, run, number)
             outcomes.append(assess(network, labelled, data, config, number))
         metrics = summarise(outcomes, config)
@@ -457,7 +457,7 @@ def ask(method: str, data: Data, config: Config, run: Path, seed: int) -> list[d
 
     All methods begin, for a seed, with the same pool, labels and weights.
     """
-    pool = choose(data.train, config.active_pool, config.seed + seed)
+    pool = choose_images(data.train, config.active_pool, config.seed + seed)
     generator = torch.Generator().manual_seed(config.seed + seed)
     labels = Labels(torch.randperm(len(pool.x), generator=generator), config.active_start)
     stage, parts = f"active-{method}-seed{seed}", {"labels": labels}
@@ -465,7 +465,7 @@ def ask(method: str, data: Data, config: Config, run: Path, seed: int) -> list[d
         seed_everything(config.seed, "active", seed, row["epoch"])  # the same for all methods
         known = labels.known.to(pool.x.device)
         network = new_network(data, config, seed)
-        optimizer, schedule = new_optimizer(network, config)
+        optimizer, schedule = one_cycle_optimizer(network, config)
         some = Images(pool.x[known], pool.y[known])
         for epoch in range(config.epochs):
             label = f"{stage} round {row['epoch']} epoch {epoch + 1}"

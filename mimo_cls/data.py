@@ -357,14 +357,14 @@ def training_batches(
             input_repetition=input_repetition,
             batch_repetition=batch_repetition,
         ).to(x.device)
-        yield stack_images(normalise(x), orders), y[orders].T  # the same index for image and class
+        yield stack_images(to_input(x), orders), y[orders].T  # the same index for image and class
 
 
 def testing_batches(x: Tensor, batch_size: int, members: int) -> Iterator[Tensor]:
     """Inputs (B, M * 3, H, W) from uint8 images, all of them in order: every member sees each."""
     for part in x.split(batch_size):
         same = torch.arange(len(part), device=x.device).expand(members, -1)
-        yield stack_images(normalise(part), same)
+        yield stack_images(to_input(part), same)
 
 
 def augment(x: Tensor, *, mirror: bool) -> Tensor:
@@ -387,7 +387,7 @@ def augment(x: Tensor, *, mirror: bool) -> Tensor:
     return x.permute(0, 3, 1, 2)  # stays channels_last
 
 
-def normalise(x: Tensor) -> Tensor:
+def to_input(x: Tensor) -> Tensor:
     """uint8 images about zero, in channels_last."""
     x = x.to(torch.float32, memory_format=torch.channels_last)
     return (x / 255 - 0.5) / 0.25

@@ -92,7 +92,7 @@ def plot_corruption(
     plt.close(figure)
 
 
-def plot_reliability(
+def plot_calibration(
     log_probs: dict[str, Tensor], y: Tensor, ece: dict[str, float], title: str, path: Path
 ) -> None:
     """Accuracy against confidence in 15 bins, test images (R, N, C) of all runs pooled, by arm.

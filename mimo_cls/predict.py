@@ -38,7 +38,7 @@ def main() -> None:
             rows = predict(model, x.to(device), names, saved["classes"])
             table.writerows(rows)
             count += len(rows)
-            keep_extremes(extremes, rows, x)
+            keep_most_and_least(extremes, rows, x)
     report_extremes(extremes, count, bad, folder)
 
 
@@ -66,7 +66,7 @@ def predict(model: MimoWideResNet, x: Tensor, names: list[str], classes: list[st
     ]
 
 
-def keep_extremes(extremes: dict[str, list], rows: list[tuple], x: Tensor) -> None:
+def keep_most_and_least(extremes: dict[str, list], rows: list[tuple], x: Tensor) -> None:
     """Of each kind, the SHOWN pictures so far: no other stays in memory."""
     for kind, sign in (("most certain", 1), ("least certain", -1)):
         found = [*extremes[kind], *zip(rows, x.unbind(), strict=True)]

@@ -25,8 +25,8 @@ from data import (
     DataError,
     corrupt,
     load,
-    normalise,
     testing_batches,
+    to_input,
     training_batches,
 )
 from model import (
@@ -47,11 +47,11 @@ from model import (
     variance_shares,
 )
 from plots import (
+    plot_calibration,
     plot_corruption,
     plot_curves,
     plot_disagreement,
     plot_independence,
-    plot_reliability,
     plot_room,
 )
 from run import (
@@ -152,7 +152,7 @@ def main() -> None:
     }
     metrics |= summarise(said, data, config)
     mimo = arms["mimo"][0][0]
-    variances = variance_shares(mimo, normalise(data.test.x[:VARIED]), CONTEXTS)
+    variances = variance_shares(mimo, to_input(data.test.x[:VARIED]), CONTEXTS)
     metrics["independence"] = independence(variances)
     if config.study:
         metrics["study"] = study(data, config, run)
@@ -205,8 +205,8 @@ def count_cost(data: Data, config: Config) -> dict[str, float]:
 def plans(config: Config, number: int) -> dict[str, list[Plan]]:
     """The networks of each arm in run `number`; the predictions of an arm's networks are averaged.
 
-    deep: M twins, those of this run and the next ones: the bound, at M times the cost. small, in the
-    study: M networks with as many parameters together as the twin, which go with the width squared.
+    deep: M twins, those of this run and the next: the bound, at M times the cost. small: in the
+    study, M networks of as many parameters together, which go with the width squared.
     """
     members = config.members
     found = {"mimo": [Plan(config.width, members, config.input_repetition, number)]}
@@ -543,7 +543,7 @@ def plot_results(
     }
     ece = {name: metrics["arms"][name]["ece"]["mean"] for name in rows}
     y, log_probs = data.test.y.cpu(), said["mimo"][0]["test"]
-    try_plot(plot_reliability, answers, y, ece, title, run / "reliability.png")
+    try_plot(plot_calibration, answers, y, ece, title, run / "reliability.png")
     try_plot(plot_independence, variances, title, run / "independence.png")
     uncertainty = mutual_information(log_probs.transpose(0, 1))
     most = uncertainty.argsort(descending=True, stable=True)[:8]

@@ -376,11 +376,11 @@ def test_a_quarter_turn_is_counterclockwise():
 
 def test_more_labels_hold_the_fewer_ones():
     images = DATA.Images(torch.arange(100).byte().view(100, 1, 1, 1), torch.arange(100))
-    few, more = DATA.choose(images, 10, seed=3), DATA.choose(images, 30, seed=3)
+    few, more = DATA.choose_images(images, 10, seed=3), DATA.choose_images(images, 30, seed=3)
     assert len(set(few.y.tolist())) == 10
     assert torch.equal(more.y[:10], few.y)
     assert torch.equal(more.x.flatten(), more.y.byte())
-    assert not torch.equal(DATA.choose(images, 10, seed=4).y, few.y)
+    assert not torch.equal(DATA.choose_images(images, 10, seed=4).y, few.y)
 
 
 def test_batches_hold_every_image_as_often_in_another_order_each_time():
@@ -526,7 +526,7 @@ def test_two_steps_by_hand():
     x = torch.randint(256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
     images = DATA.Images(x, torch.randint(3, (12,), generator=generator))
     network, expected = small_cnn().double(), small_cnn().double()
-    optimizer, schedule = TRAIN.new_optimizer(network, config)
+    optimizer, schedule = TRAIN.one_cycle_optimizer(network, config)
     step_by_step = {"labelled": images, "config": config, "label": ""}
     convert = DATA.as_float
 
@@ -799,7 +799,7 @@ def test_the_last_weights_are_those_after_all_steps(monkeypatch, tmp_path):
 
     monkeypatch.setattr(TRAIN, "train_one_epoch", watch)
     PROJECT.run.open_run(tmp_path / "run", config, "known")
-    some = DATA.choose(data.train, 50, 0)
+    some = DATA.choose_images(data.train, 50, 0)
     network = TRAIN.fit("run0", some, data, config, tmp_path / "run", 0)
     assert steps == [6, 12]
     for name, value in network.state_dict().items():
@@ -938,7 +938,7 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
         return loss
 
     def watch_assess(network, labelled, *rest):
-        assessed.append(len(labelled.y))
+        assessed.append((len(labelled.y), float(labelled.x.float().mean())))
         return assess_(network, labelled, *rest)
 
     monkeypatch.setattr(TRAIN, "acquire", watch)
@@ -947,7 +947,9 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
     folder = train("mc_dropout", *TINY, *STUDIES, "--out_dir", tmp_path)
     report = json.loads((folder / "metrics.json").read_text())
     assert list(report["metrics"]["study"]) == ["20", "50"]
-    assert assessed == [50] * 3 + [20] * 3 + [50] * 3
+    assert [count for count, _ in assessed] == [50] * 3 + [20] * 3 + [50] * 3
+    of_runs = [len({mean for _, mean in assessed[first : first + 3]}) for first in (0, 3, 6)]
+    assert of_runs == [1, 3, 3]  # in the study each run draws its own labels
     nll = report["metrics"]["study"]["20"]
     difference = nll["mc"]["nll"]["mean"] - nll["standard"]["nll"]["mean"]
     assert nll["mc_minus_standard"]["nll"]["mean"] == pytest.approx(difference, abs=1e-6)

@@ -106,12 +106,12 @@ def test_in_testing_members_see_the_same_image_in_the_channels_of_training():
     torch.manual_seed(0)
     x = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
     (part,) = data.testing_batches(x, 100, members=3)
-    expected = torch.cat([data.normalise(x)] * 3, 1)  # red, green, blue, red, green, blue, ...
+    expected = torch.cat([data.to_input(x)] * 3, 1)  # red, green, blue, red, green, blue, ...
     assert torch.equal(part, expected)
-    assert torch.equal(data.stack_images(data.normalise(x), torch.arange(7).expand(3, 7)), expected)
+    assert torch.equal(data.stack_images(data.to_input(x), torch.arange(7).expand(3, 7)), expected)
     parts = list(data.testing_batches(x, 3, members=2))
     assert [len(part) for part in parts] == [3, 3, 1]  # no image is left out
-    assert torch.equal(torch.cat(parts)[:, :3], data.normalise(x))
+    assert torch.equal(torch.cat(parts)[:, :3], data.to_input(x))
 
 
 def test_augmentation_shifts_over_black_and_mirrors_only_when_asked():
@@ -694,6 +694,8 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm():
     assert minus["accuracy"] == pytest.approx({"mean": -0.1, "standard_error": 0.0})
     assert minus["corrupted_nll"]["mean"] == pytest.approx(nll(0.7, 0.9) - nll(0.5, 0.9))
     assert minus["nll_error_over_images"] > 0
+    # only the ninth image differs, and it shares a source with the tenth
+    assert minus["accuracy_error_over_images"] == pytest.approx(math.sqrt(4 * 0.2**2 + 0.8**2) / 10)
     assert metrics["arms"]["member"]["accuracy"]["mean"] == pytest.approx(0.75)
     assert metrics["arms"]["mimo"]["auroc_mutual_information_odd"]["mean"] == pytest.approx(0.45)
     assert len(metrics["arms"]["twin"]["by_severity_nll"]["mean"]) == len(TRAIN.CORRUPTED)
@@ -978,7 +980,7 @@ def test_pictures_of_any_kind_are_taken(tmp_path):
 def test_pictures_survive_the_least_data(tmp_path):
     plots, path = PROJECT.plots, tmp_path / "a.png"
     y = torch.zeros(1, dtype=torch.long)
-    plots.plot_reliability({"mimo": log_odds([0.5])[None]}, y, {"mimo": 0.1}, "a", path)
+    plots.plot_calibration({"mimo": log_odds([0.5])[None]}, y, {"mimo": 0.1}, "a", path)
     x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     plots.plot_disagreement(x, y, torch.full((1, 2, 2), 0.5), ("$a$", "b$"), "a", path)
     plots.plot_independence(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), "a", path)
