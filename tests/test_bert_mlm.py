@@ -949,6 +949,13 @@ def test_the_folder_loads_in_a_pipeline(run_folder):
     assert len(best) == 5 and best[0]["score"] > 0
 
 
+def test_the_network_exports(start):
+    net, pieces = copy.deepcopy(start.model).eval(), torch.randint(5, 200, (2, 7))
+    inputs = {"input_ids": pieces, "attention_mask": torch.ones_like(pieces)}
+    exported = torch.export.export(net, (), inputs).module()
+    assert torch.allclose(exported(**inputs).logits, net(**inputs).logits, atol=1e-6)
+
+
 def test_only_the_method_with_two_seeds(tmp_path):
     flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path]
     folder = train("bert_mlm", *flags)
