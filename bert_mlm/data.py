@@ -59,25 +59,24 @@ def load(
     Duplicates leave before the split, near-duplicates come into one part of it; of more than
     `most_tweets` tweets as many are drawn at random. Raises DataError, which names the file.
     """
-    path, name, bad = SAMPLE, "sample tweets (for real ones see tweets.yaml)", []
+    path, column, bad = SAMPLE, "content", []
     if dataset == "csv":
-        path = find_csv(csv_file, data_dir)
-        name = path.stem
-    column = text_column if dataset == "csv" else "content"
-    rows = list(read_csv(path, [column] + ["language"] * (language != "any"), bad))
-    rows = [row for row in rows if language in ("any", row[-1])]
-    full = [row[0] for row in rows if row[0].strip()]
-    texts = [normalise(text, links, names) for text in without_duplicates(full)]
-    texts = [text for text in texts if text]
+        path, column = find_csv(csv_file, data_dir), text_column
+    rows = read_csv(path, [column] + ["language"] * (language != "any"), bad)
+    rows = [row[0].strip() for row in rows if language in ("any", row[-1])]
+    texts = without_duplicates([row for row in rows if row])
+    texts = [text for text in (normalise(text, links, names) for text in texts) if text]
     if len(texts) < 10:
         raise DataError(f"{path}: expected at least 10 different tweets, found {len(texts)}")
-    note = f"data: {name}, {len(texts)} different tweets of {len(full)}"
-    note += f" ({len(rows) - len(full)} rows without text)"
-    note += f"; {len(bad)} rows left out, the first: {bad[0]}" if bad else ""
     parts = split(near_duplicates(texts), most_tweets, seed)
     if not all(parts):
         raise DataError(f"{path}: its tweets are too much alike to be split into three parts")
-    return Tweets(name.split(" (")[0], *parts, note)
+    name = path.stem if dataset == "csv" else "sample tweets"
+    hint = "" if dataset == "csv" else " (for real ones see tweets.yaml)"
+    note = f"data: {name}{hint}, {len(texts)} different tweets of {len(rows)} rows"
+    note += f", {rows.count('')} of them empty" if "" in rows else ""
+    note += f"; {len(bad)} rows left out, the first: {bad[0]}" if bad else ""
+    return Tweets(name, *parts, note)
 
 
 def find_csv(path: Path, data_dir: Path) -> Path:

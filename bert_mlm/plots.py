@@ -14,6 +14,12 @@ from matplotlib.ticker import MaxNLocator
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 BEFORE = "tab:olive"  # pretrained, not yet fine-tuned
+STYLES = {
+    "unigram": ("most frequent pieces", "black"),
+    "scratch": ("from scratch", BASELINE),
+    "before": ("pretrained, before", BEFORE),
+    "after": ("fine-tuned", METHOD),
+}
 
 
 def plot_curves(
@@ -60,13 +66,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
 
     The bars of top-1 bear 95% intervals over the tweets.
     """
-    styles = {
-        "unigram": ("most frequent pieces", "black"),
-        "scratch": ("from scratch", BASELINE),
-        "before": ("pretrained, before", BEFORE),
-        "after": ("fine-tuned", METHOD),
-    }
-    styles = {name: style for name, style in styles.items() if name in scores}
+    styles = {name: style for name, style in STYLES.items() if name in scores}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4), width_ratios=(2, 5), layout="constrained"
     )
