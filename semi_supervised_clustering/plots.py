@@ -158,7 +158,7 @@ def plot_objective(history: list[dict], title: str, path: Path) -> None:
 def plot_label_counts(by_labels: dict, clusters: int, title: str, path: Path) -> None:
     """Accuracy on unlabelled rows by number of labels, at equal numbers of clusters."""
     counts = [int(count) for count in by_labels]
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
     lows = []
     for name, (label, color, style, marker) in METHODS.items():
         arm = f"{name}{clusters}" if name in ("ours", "seeded", "kmeans") else name
@@ -175,7 +175,7 @@ def plot_label_counts(by_labels: dict, clusters: int, title: str, path: Path) ->
     axes.set_ylim(max(0, min(lows) - 0.04), 1.005)
     axes.set(xlabel="labelled rows", ylabel="accuracy on unlabelled training rows")
     figure.suptitle(f"{title}, {clusters} clusters (band: standard deviation)")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -451,7 +451,11 @@ def time_beside_sklearn(config: Config, device: torch.device) -> dict:
     By size "points x features x clusters": from the same random points, and from k-means++; ours
     with and without labels. `dispersion` are sums of squared distances by points.
     """
-    return {sizes: time_one_size(sizes, config, device) for sizes in config.scale_sizes}
+    results = {}
+    for sizes in config.scale_sizes:
+        results[sizes] = time_one_size(sizes, config, device)
+        print(sizes, {k: round(v["seconds"], 3) for k, v in results[sizes]["fits"].items()})
+    return results
 
 
 def time_one_size(sizes: str, config: Config, device: torch.device) -> dict:
@@ -493,7 +497,7 @@ def time_one_size(sizes: str, config: Config, device: torch.device) -> dict:
     for each in numbers.values():
         each |= {key: median(each[key]) for key in ("seconds", "processor_seconds")}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return numbers | {"threads": torch.get_num_threads(), "peak_gigabytes": peak}
+    return {"fits": numbers, "threads": torch.get_num_threads(), "peak_gigabytes": peak}
 
 
 # --- report -----------------------------------------------------------------------------------

@@ -1196,7 +1196,59 @@ def test_the_least_data_and_many_classes(program, config, tmp_path):
 
 
 def test_the_scale_study(program, config, monkeypatch):
-    numbers = program.time_one_size("3000x4x3", config, torch.device("cpu"))
+    numbers = program.time_one_size("3000x4x3", config, torch.device("cpu"))["fits"]
     start = numbers["sklearn_same_start"], numbers["ours_alpha_0_same_start"]
     assert start[0]["dispersion"] == pytest.approx(start[1]["dispersion"], rel=1e-4)
     assert all(numbers[name]["seconds"] > 0 for name in ("ours_labelled", "sklearn_kmeans++"))
+
+
+def test_pictures_show_the_numbers_of_the_report(program, config, monkeypatch, tmp_path):
+    shown = {}
+    for name in ("plot_clusters", "plot_objective", "plot_label_counts", "plot_alpha"):
+
+        def keep(*parts, name=name):
+            shown[name] = parts
+
+        keep.__name__ = name
+        monkeypatch.setattr(program, name, keep)
+    folder = train(PROJECT, *TINY, "--out_dir", tmp_path)
+    metrics = report_of(folder)["metrics"]
+    part, models, classes, _, _ = shown["plot_clusters"]
+    assert classes == data.load_bundled("iris").classes
+    hidden = part.given < 0
+    right = [
+        float((model.predict(part.x) == part.y)[hidden].double().mean())
+        for model in models.values()
+    ]
+    kmeans = ClusterThenLabel(3, 0.0, init="k-means++", n_init=2, tol=1e-7, random_state=0)
+    kmeans = kmeans.fit(part.x).relabel(part.given)
+    assert list(models) == ["k-means", "ours"]
+    assert torch.equal(models["k-means"].predict(part.x), kmeans.predict(part.x))
+    assert right[1] == pytest.approx(metrics["cluster"]["accuracy"])
+    assert models["ours"].objective_ == pytest.approx(metrics["cluster"]["objective"])
+    assert len(shown["plot_objective"][0]) == metrics["cluster"]["iterations"]
+    assert shown["plot_label_counts"][:2] == (metrics["by_labels"], 3)
+    assert shown["plot_alpha"][:2] == (metrics["by_alpha"], 1.0)
+    timing = metrics["timing"]
+    steps = timing["points_per_second"] * timing["fit_seconds"] / len(part.x)
+    assert steps == pytest.approx(models["ours"].n_iter_total_)
+
+
+def test_settings_reach_the_model(program, config):
+    table = program.load_table(config)
+    mine = {"clusters": 4, "alpha": 0.3, "metric": "euclidean", "distance": "plain"}
+    mine |= {"n_init": 7, "max_iter": 9, "tol": 0.01}
+    changed = replace(config, **mine)
+    made = program.make_model(changed, table, number=5).get_params()
+    expected = mine | {"n_clusters": 4, "random_state": 5}
+    del expected["clusters"]
+    assert {name: made[name] for name in expected} == expected
+    assert program.cluster_counts(table, changed, 100) == [3, 4, 6]
+    assert program.cluster_counts(table, changed, 5) == [3, 4]
+    assert program.ours_of(changed, table) == "ours4"
+    first, second = (program.draw_split(table, config, 10, number) for number in (0, 1))
+    other = program.draw_split(table, replace(config, seed=1), 10, 0)
+    assert not torch.equal(first.rows, second.rows)
+    assert not torch.equal(first.rows, other.rows)
+    unscaled = program.draw_split(table, replace(config, scale=False), 10, 0)
+    assert unscaled.x.std(0, correction=0).max() > 1.5
