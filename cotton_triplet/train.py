@@ -497,7 +497,8 @@ def plot_results(
     labels = data.val.y.cpu().numpy()
     try_plot(plot_film, film, labels, data.classes, axis, data.name, run / "film.png")
     shown = hardest_triplets(outputs["both"]["test"].embedding, data.test)
-    try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
+    if shown:
+        try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
     found = neighbours(outputs["both"], data)
     try_plot(plot_retrieval, found, data.classes, title, run / "retrieval.png")
 
