@@ -81,7 +81,13 @@ def make_trunk(
     Raises ValueError if there is no such network.
     """
     if program is not None:
-        return Exported(program)
+        try:
+            return Exported(program)
+        except Exception as error:  # zipfile, json, pickle and torch each have their own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"not a program of torch.export that can be loaded ({reason})"
+            ) from error
     if resnet == "small":
         return small_resnet(widths)
     from torchvision import models  # imported where it is used: it is slow

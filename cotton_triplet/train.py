@@ -187,6 +187,9 @@ def load_data(config: Config, device: torch.device) -> Data:
         same_bits=config.same_bits,
         seed=config.seed,
     )
+    batch = min(config.classes_per_batch, len(data.classes)) * config.pictures_per_class
+    if batch > 2048:  # triplets are counted in billions
+        raise DataError(f"pictures_per_class: {batch} pictures in a batch; expected at most 2048")
     print(data.note)
     return data.to(device)
 

@@ -368,6 +368,9 @@ def test_an_exported_network_is_a_trunk_that_learns_or_is_frozen(program):
         assert any("classify" in name for name in moved)
     with pytest.raises(ValueError, match="of pictures of 20 pixels"):
         model.trunk_width(trunk, 20)
+    for broken in (b"", b"<html>not found</html>", program[: len(program) // 2]):
+        with pytest.raises(ValueError, match="not a program"):
+            model.make_trunk("net.pt2", (), program=broken)
 
 
 def test_a_pretrained_trunk_keeps_its_statistics():
@@ -1183,6 +1186,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, leaves_dir, run):
         (["--dataset", "folder", "--data_dir", "nowhere"], "nowhere: there is no such folder"),
         ([*TINY, "--resnet", "no_such_net"], "'no_such_net' is neither small, nor a classifier"),
         ([*TINY, "--resnet", "absent.pt2"], "there is neither absent.pt2 nor"),
+        ([*TINY, "--pictures_per_class", "999"], "pictures_per_class: 5994 pictures in a batch"),
         ([*TINY, "--resnet", "vit_b_32"], "no features of pictures of 16 pixels"),
     ],
 )
