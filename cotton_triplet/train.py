@@ -26,10 +26,10 @@ from data import (
     augment,
     batches,
     count_batches,
+    find_program,
     load,
     pk_batches,
     pretrained_weights,
-    read_program,
     thumbnails,
 )
 from model import (
@@ -165,7 +165,7 @@ def load_source(config: Config) -> Source:
     """Raises DataError if the weights cannot be had, or there is no such network."""
     state, program = None, None
     if config.resnet.endswith(".pt2"):
-        program = read_program(config.resnet, config.data_dir)
+        program = find_program(config.resnet, config.data_dir)
     try:
         trunk_width(make_trunk(config.resnet, config.widths, program=program), config.image_size)
     except ValueError as error:
@@ -228,7 +228,7 @@ def fit(
     """
     y = data.train.y.cpu()
     steps = count_batches(y, config.classes_per_batch, config.pictures_per_class)
-    optimizer = torch.optim.AdamW(rates(model, config), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(rate_groups(model, config), weight_decay=config.weight_decay)
     peaks, total = [group["lr"] for group in optimizer.param_groups], config.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -252,7 +252,7 @@ def fit(
             )
 
 
-def rates(model: TwoHeads, config: Config) -> list[dict]:
+def rate_groups(model: TwoHeads, config: Config) -> list[dict]:
     """The optimizer's groups: heads and trunk."""
     trunk = list(model.trunk.parameters())
     heads = [*model.classify.parameters(), *model.embed.parameters()]

@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +155,7 @@ def plain_loss(d: torch.Tensor, y: torch.Tensor, mining: str, margin: float) -> 
     hard = [(max(d[i, p] for p in positive[i]) - min(d[i, q] for q in negative[i]) + margin)
             for i in range(n)]  # fmt: skip
     batch_hard = sum(loss.clamp(min=0) for loss in hard) / n
-    h = sum(float(loss) < margin for loss in hard) / n
+    h = sum(loss.item() < margin for loss in hard) / n
     shares = {"all": 0.0, "hard": 1.0, "gradual": h}
     return (1 - shares[mining]) * batch_all + shares[mining] * batch_hard
 
@@ -373,6 +374,13 @@ def test_an_exported_network_is_a_trunk_that_learns_or_is_frozen(program):
             model.make_trunk("net.pt2", (), program=broken)
 
 
+def test_pickled_objects_in_an_exported_network_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
+        archive.writestr("archive/data/constants/custom_obj_0", b"code")
+    with pytest.raises(data.DataError, match="whose code would run"):
+        data.find_program(str(tmp_path / "net.pt2"), tmp_path)
+
+
 def test_a_pretrained_trunk_keeps_its_statistics():
     net = two_heads(model.make_trunk("small", (4, 8)), pretrained=True)
     before = copy.deepcopy(net.trunk.state_dict())
@@ -460,7 +468,7 @@ def test_copies_of_a_picture_are_never_in_two_splits(tmp_path):
     found = load_folder(write_folder(tmp_path / "mine"))
     parts = (found.train, found.val, found.test)
     assert found.numbers["groups"] == 12 and [len(part.x) for part in parts] == [32, 8, 8]
-    hashes = [data.difference_hash(part.x) for part in parts]
+    hashes = [data.difference_hashes(part.x) for part in parts]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         alike = torch.stack([hashes[one][0] @ turned.T for turned in hashes[other]])
         assert ((128 - alike) / 2).min() > 16
@@ -496,7 +504,7 @@ def test_a_group_goes_whole_into_one_split():
 def test_names_link_copies_that_hashes_miss():
     x = torch.stack([torch.from_numpy(np.array(photo(n))).permute(2, 0, 1) for n in range(5)])
     names = ["leaf_1", "leaf_1_crop", "leaf_10", "leaf_2", "leaf_1 (2)"]
-    groups = data.near_duplicates(x, names, same_bits=8).tolist()
+    groups = data.copy_groups(x, names, same_bits=8).tolist()
     assert groups[0] == groups[1] == groups[4]
     assert len(set(groups)) == 3
 
@@ -578,7 +586,7 @@ def test_each_look_is_drawn_under_its_name_over_backgrounds_of_its_split(monkeyp
         drawn.append((look, photos))
         return torch.full((count, 3, size, size), number, dtype=torch.uint8)
 
-    monkeypatch.setattr(data, "draw", draw)
+    monkeypatch.setattr(data, "draw_leaves", draw)
     found = data.load_leaves(tmp_path, 16, 60, seed=7)
     for part in (found.train, found.val, found.test):
         assert torch.equal(part.x[:, 0, 0, 0].long(), part.y)
@@ -597,7 +605,7 @@ def again(run, leaves_dir) -> SimpleNamespace:
     options = {"image_size": 16, "leaf_count": 90, "same_bits": 16, "seed": 0}
     found = data.load(dataset="leaves", data_dir=leaves_dir, **options)
     saved = torch.load(run / "model.pt", weights_only=True)
-    net = predictor.load_model(saved, torch.device("cpu"))
+    net = predictor.load_network(saved, torch.device("cpu"))
     with torch.no_grad():
         parts = [net(part.x.float() / 255) for part in (found.train, found.val, found.test)]
     return SimpleNamespace(data=found, saved=saved, train=parts[0], val=parts[1], test=parts[2])
@@ -898,7 +906,7 @@ def test_evaluation_is_of_each_picture_by_itself(monkeypatch, tmp_path, no_pictu
     seen, found = Recorder(monkeypatch), made_data()
     folder = made_run(monkeypatch, tmp_path, found)
     saved = torch.load(folder / "model.pt", weights_only=True)
-    net = predictor.load_model(saved, torch.device("cpu"))
+    net = predictor.load_network(saved, torch.device("cpu"))
     alone = torch.cat([net(x[None].float() / 255).embedding for x in found.train.x])
     assert torch.allclose(saved["gallery"]["embedding"], alone, atol=1e-5)
     images = [part.x for part in seen.evaluated]
@@ -1089,7 +1097,7 @@ def test_a_pretrained_trunk_is_loaded_frozen_then_learns_at_its_own_rate(
     for number in (0, 1, 3):  # at the start, after the first and the second epoch
         assert all(torch.equal(fresh[key], trunk(number)[key]) for key in fresh)
     assert not all(torch.equal(fresh[key], trunk(5)[key]) for key in fresh)  # after the third
-    net = predictor.load_model(
+    net = predictor.load_network(
         torch.load(folder / "model.pt", weights_only=True), torch.device("cpu")
     )
     groups = seen.optimizer.param_groups
@@ -1263,7 +1271,7 @@ def test_predictions_are_those_of_evaluation(run, again, tmp_path):
                 assert row["nearest_1_class"] == classes[int(again.data.train.y[nearest])]
     assert {"map.png", "retrieval.png"} <= {path.name for path in out.iterdir()}
     with torch.no_grad():
-        net = predictor.load_model(again.saved, torch.device("cpu"))
+        net = predictor.load_network(again.saved, torch.device("cpu"))
         upright = turned.transpose(Image.Transpose.ROTATE_270).convert("RGB")
         x = torch.from_numpy(np.array(upright.resize((16, 16), Image.Resampling.BILINEAR)))
         expected = net(x.permute(2, 0, 1)[None] / 255).embedding[0]
