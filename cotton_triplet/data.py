@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import unicodedata
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPException
@@ -337,7 +338,7 @@ def load_leaves(folder: Path, image_size: int, count: int, seed: int) -> Data:
         for look in tqdm(LOOKS, "drawing leaves", leave=False, disable=None):
             for split, number, source in zip(splits, counts, sources, strict=True):
                 sizes = [min(250, number - start) for start in range(0, number, 250)]
-                split += [draw(look, n, image_size, source, generator) for n in sizes]
+                split += [draw_leaves(look, n, image_size, source, generator) for n in sizes]
         return tuple(torch.cat(split) for split in splits)
 
     code = Path(__file__).read_text(encoding="utf-8")  # another drawing, another file
@@ -402,17 +403,19 @@ class Sheet(NamedTuple):
         return ((limit - distance) / soft + 0.5).clamp(0, 1)
 
 
-def draw(look: str, count: int, size: int, photos: Tensor, generator: torch.Generator) -> Tensor:
+def draw_leaves(
+    look: str, count: int, size: int, photos: Tensor, generator: torch.Generator
+) -> Tensor:
     """Pictures (count, 3, size, size) uint8 of leaves with one look."""
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     u, v = (axis.expand(count, 1, size, size) for axis in (line, line[:, None]))
     flat = Sheet(u, v, generator)
-    picture = crop_photos(photos, flat)
+    picture = crop_backgrounds(photos, flat)
     below = pose(flat)  # half of the time another leaf, a healthy one, lies below
-    there = below.edge(outline(below), soft=0.06) * (flat.each(0, 1) < 0.5)
+    there = below.edge(leaf_outline(below), soft=0.06) * (flat.each(0, 1) < 0.5)
     picture = lerp(picture, blade(below), there)
     sheet = pose(flat)
-    shape = outline(sheet)
+    shape = leaf_outline(sheet)
     leaf, opacity = LOOKS[look](sheet, blade(sheet), sheet.edge(shape, soft=0.06))
     picture = picture * (1 - 0.4 * sheet.edge(shape, 1.1, 0.3))  # its shadow
     return develop(flat, lerp(picture, leaf, opacity))
@@ -422,7 +425,7 @@ def colour(*rgb: float) -> Tensor:
     return torch.tensor(rgb)[:, None, None]
 
 
-def crop_photos(photos: Tensor, flat: Sheet) -> Tensor:
+def crop_backgrounds(photos: Tensor, flat: Sheet) -> Tensor:
     """Random crops (N, 3, S, S) of photos (P, 3, h, w), mirrored half of the time."""
     count, size = len(flat.u), flat.u.shape[2]
     half = size * flat.each(0.5, 1.5) / photos.shape[2]  # of a crop, in half heights of a photo
@@ -449,7 +452,7 @@ def pose(flat: Sheet) -> Sheet:
     return flat._replace(u=(u + lean * v) / (scale * squeeze), v=v / scale)
 
 
-def outline(sheet: Sheet) -> Tensor:
+def leaf_outline(sheet: Sheet) -> Tensor:
     """Distance from the leaf's middle, 1 at its lobed edge."""
     radius, around = torch.hypot(sheet.u, sheet.v), torch.atan2(sheet.v, sheet.u)
     edge = 1.0
@@ -542,7 +545,7 @@ def load_folder(folder: Path, image_size: int, same_bits: int, seed: int) -> Dat
     x, places, bad = decode([path for path, *_ in items], (image_size, image_size), folder)
     items = [items[place] for place in places.tolist()]
     y = torch.tensor([label for *_, label in items])
-    groups = near_duplicates(x, [path.stem for path, *_ in items], same_bits)
+    groups = copy_groups(x, [path.stem for path, *_ in items], same_bits)
     parts, lost = split_items([split for _, split, _ in items], y, groups, seed)
     for split, part in parts.items():
         for label in sorted(set(range(len(classes))) - set(y[part].tolist())):
@@ -599,7 +602,7 @@ def split_items(
     return parts, lost
 
 
-def difference_hash(x: Tensor) -> Tensor:
+def difference_hashes(x: Tensor) -> Tensor:
     """(8, N, 128) of -1 and 1: whether a picture gets lighter rightwards and downwards, in 8 x 8
     places, for each of its 8 rotations by right angles and mirror images.
     """
@@ -611,14 +614,14 @@ def difference_hash(x: Tensor) -> Tensor:
     return torch.cat((right.flatten(2), down.flatten(2)), 2).float() * 2 - 1
 
 
-def near_duplicates(x: Tensor, names: list[str], same_bits: int) -> Tensor:
+def copy_groups(x: Tensor, names: list[str], same_bits: int) -> Tensor:
     """The group (N,) of each picture: linked if their hashes differ in at most `same_bits` of 128,
     in any of 8 orientations, or if one is named as the other with an ending (leaf_1, leaf_1_crop).
     """
     from scipy.sparse import coo_matrix  # imported where it is used: it is slow
     from scipy.sparse.csgraph import connected_components
 
-    hashes = difference_hash(x)
+    hashes = difference_hashes(x)
     links = []
     for start in range(0, len(x), 1024):
         block = hashes[0, start : start + 1024]
@@ -667,13 +670,19 @@ def keep_apart(splits: list[str], groups: Tensor) -> tuple[dict[str, Tensor], in
     return parts, left_out
 
 
-def read_program(name: str, data_dir: Path) -> bytes:
-    """The exported network `name`, a path, or a file of data_dir/checkpoints."""
+def find_program(name: str, data_dir: Path) -> bytes:
+    """The exported network `name`, a path, or a file of data_dir/checkpoints.
+
+    Raises DataError if it is not there, or holds pickled objects: their code would run.
+    """
     paths = [Path(name).expanduser(), data_dir / "checkpoints" / name]
-    for path in paths:
-        if path.is_file():
-            return path.read_bytes()
-    raise DataError(f"resnet: there is neither {paths[0]} nor {paths[1]}")
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise DataError(f"resnet: there is neither {paths[0]} nor {paths[1]}")
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(found[0]) as archive:
+        if any("custom_obj" in member for member in archive.namelist()):
+            raise DataError(f"{found[0]}: it holds pickled objects, whose code would run")
+    return found[0].read_bytes()
 
 
 # --- batches ----------------------------------------------------------------------------------

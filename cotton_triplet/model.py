@@ -81,7 +81,13 @@ def make_trunk(
     Raises ValueError if there is no such network.
     """
     if program is not None:
-        return Exported(program)
+        try:
+            return Exported(program)
+        except Exception as error:  # zipfile, json, pickle and torch each have their own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"not a program of torch.export that can be loaded ({reason})"
+            ) from error
     if resnet == "small":
         return small_resnet(widths)
     from torchvision import models  # imported where it is used: it is slow
@@ -134,7 +140,7 @@ def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
     """A block of two convolutions per width, each at half the resolution of the one before."""
     from torchvision.models.resnet import BasicBlock
 
-    layers = [conv(3, widths[0], 3, 2), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+    layers = [plain_conv(3, widths[0], 3, 2), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
     before = widths[0]
     for number, width in enumerate(widths):
         stride = 1 if number == 0 else 2
@@ -143,13 +149,13 @@ def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
             # a strided 1x1 convolution, in two steps: the one step writes past its memory on CPUs
             # with AVX2, if it has less than 8 channels (oneDNN issue 6035)
             every = nn.MaxPool2d(1, stride)
-            shortcut = nn.Sequential(every, conv(before, width, 1, 1), nn.BatchNorm2d(width))
+            shortcut = nn.Sequential(every, plain_conv(before, width, 1, 1), nn.BatchNorm2d(width))
         layers.append(BasicBlock(before, width, stride, shortcut))
         before = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def conv(before: int, after: int, size: int, stride: int) -> nn.Conv2d:
+def plain_conv(before: int, after: int, size: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, size, stride, size // 2, bias=False)
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     given, saved, folder, device = start_predict(parser, argv)
-    model = load_model(saved, device)
+    model = load_network(saved, device)
     bad, places, labels, shown = [], [], [], []
     with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     if not shown:
         raise DataError(f"none of {len(bad)} files could be read, the first: {bad[0]}")
     plot_pictures(np.stack(places), np.array(labels), shown, saved, folder)
-    report(shown, labels, bad, saved)
+    print_table(shown, labels, bad, saved)
     print(folder)
 
 
-def load_model(saved: dict, device: torch.device) -> TwoHeads:
+def load_network(saved: dict, device: torch.device) -> TwoHeads:
     """The network of model.pt, ready to predict."""
     program = saved["program"]
     program = None if program is None else program.numpy().tobytes()
@@ -132,7 +132,7 @@ def plot_pictures(
     try_plot(plot_retrieval, rows, classes, saved["dataset"], folder / "retrieval.png")
 
 
-def report(shown: list[Prediction], labels: list[int], bad: list[str], saved: dict) -> None:
+def print_table(shown: list[Prediction], labels: list[int], bad: list[str], saved: dict) -> None:
     """A short table; how many of each class; what could not be read."""
     classes, y = saved["classes"], saved["gallery"]["y"]
     for found in shown:

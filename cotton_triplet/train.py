@@ -26,10 +26,10 @@ from data import (
     augment,
     batches,
     count_batches,
+    find_program,
     load,
     pk_batches,
     pretrained_weights,
-    read_program,
     thumbnails,
 )
 from model import (
@@ -165,7 +165,7 @@ def load_source(config: Config) -> Source:
     """Raises DataError if the weights cannot be had, or there is no such network."""
     state, program = None, None
     if config.resnet.endswith(".pt2"):
-        program = read_program(config.resnet, config.data_dir)
+        program = find_program(config.resnet, config.data_dir)
     try:
         trunk_width(make_trunk(config.resnet, config.widths, program=program), config.image_size)
     except ValueError as error:
@@ -187,6 +187,9 @@ def load_data(config: Config, device: torch.device) -> Data:
         same_bits=config.same_bits,
         seed=config.seed,
     )
+    batch = min(config.classes_per_batch, len(data.classes)) * config.pictures_per_class
+    if batch > 2048:  # triplets are counted in billions
+        raise DataError(f"pictures_per_class: {batch} pictures in a batch; expected at most 2048")
     print(data.note)
     return data.to(device)
 
@@ -225,7 +228,7 @@ def fit(
     """
     y = data.train.y.cpu()
     steps = count_batches(y, config.classes_per_batch, config.pictures_per_class)
-    optimizer = torch.optim.AdamW(rates(model, config), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(rate_groups(model, config), weight_decay=config.weight_decay)
     peaks, total = [group["lr"] for group in optimizer.param_groups], config.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -249,7 +252,7 @@ def fit(
             )
 
 
-def rates(model: TwoHeads, config: Config) -> list[dict]:
+def rate_groups(model: TwoHeads, config: Config) -> list[dict]:
     """The optimizer's groups: heads and trunk."""
     trunk = list(model.trunk.parameters())
     heads = [*model.classify.parameters(), *model.embed.parameters()]
@@ -497,7 +500,8 @@ def plot_results(
     labels = data.val.y.cpu().numpy()
     try_plot(plot_film, film, labels, data.classes, axis, data.name, run / "film.png")
     shown = hardest_triplets(outputs["both"]["test"].embedding, data.test)
-    try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
+    if shown:
+        try_plot(plot_triplets, shown, data.classes, title, run / "triplets.png")
     found = neighbours(outputs["both"], data)
     try_plot(plot_retrieval, found, data.classes, title, run / "retrieval.png")
 

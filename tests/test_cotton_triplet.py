@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +125,8 @@ def test_mining_is_that_of_a_triple_loop(mining, name):
 @pytest.mark.parametrize("margin", [0.7, None])
 def test_batch_all_is_that_of_a_triple_loop(name, margin):
     embedding, y = made_batches()[name]
-    losses = model.all_losses(model.pair_distances(embedding, embedding), y, margin)
+    d = model.pair_distances(embedding, embedding)
+    losses = model.margin_loss(model.all_gaps(d, y), margin)
     gaps = np.array([p - n for _, p, n in all_triplets(distances(embedding), y)])
     expected = np.log1p(np.exp(gaps)) if margin is None else np.maximum(gaps + margin, 0)
     assert np.allclose(np.sort(losses.numpy()), np.sort(expected), atol=1e-7)
@@ -136,7 +138,8 @@ def test_the_loss_is_that_of_torch_on_the_mined_triplets():
     for mining in ("hard", "semihard"):
         parts = [embedding[rows] for rows in model.mine(d, y, mining)]
         theirs = torch.nn.TripletMarginLoss(margin=0.7, eps=0, reduction="none")(*parts)
-        assert torch.allclose(model.mined_losses(d, y, mining, 0.7), theirs, atol=1e-12)
+        ours = model.margin_loss(model.mined_gaps(d, y, mining), 0.7)
+        assert torch.allclose(ours, theirs, atol=1e-12)
         assert torch.allclose(model.triplet_loss(d, y, mining, 0.7).loss, theirs.mean())
 
 
@@ -152,9 +155,7 @@ def plain_loss(d: torch.Tensor, y: torch.Tensor, mining: str, margin: float) -> 
     hard = [(max(d[i, p] for p in positive[i]) - min(d[i, q] for q in negative[i]) + margin)
             for i in range(n)]  # fmt: skip
     batch_hard = sum(loss.clamp(min=0) for loss in hard) / n
-    within = [d[i, p].item() for i in range(n) for p in positive[i]]
-    between = [d[i, q].item() for i in range(n) for q in negative[i]]
-    h = min(1.0, max(0.0, 1 - np.mean(within) / np.mean(between)))
+    h = sum(loss.item() < margin for loss in hard) / n
     shares = {"all": 0.0, "hard": 1.0, "gradual": h}
     return (1 - shares[mining]) * batch_all + shares[mining] * batch_hard
 
@@ -174,13 +175,16 @@ def test_the_batch_loss_is_its_formula(mining, spread):
     assert float(ours.loss) == pytest.approx(float(plain_loss(d, y, mining, 1.0)))
 
 
-def test_hard_mining_comes_as_the_map_opens():
+def test_hard_mining_comes_with_the_share_of_anchors_that_reach_its_goal():
     shares = []
-    for spread in (50.0, 1.5, 0.3, 0.01):
+    for spread in (50.0, 1.0, 0.3, 0.01):
         embedding, y = clusters(spread)
         d = model.pair_distances(embedding, embedding)
-        shares.append(float(model.triplet_loss(d, y, "gradual", 1.0).hard_share))
-    assert shares == sorted(shares) and shares[0] < 0.1 and shares[-1] > 0.99
+        share = float(model.triplet_loss(d, y, "gradual", 1.0).hard_share)
+        hard = brute_force(embedding, y, "hard")
+        assert share == pytest.approx(sum(far < near for _, far, near in hard) / len(hard))
+        shares.append(share)
+    assert shares == sorted(shares) and shares[0] == 0 < shares[1] < 1 == shares[3]
 
 
 @pytest.mark.parametrize("mining", ["gradual", "semihard", "hard", "all"])
@@ -234,17 +238,16 @@ def test_no_gradient_flows_through_mining_nor_through_the_share_of_hard():
     assert not model.triplet_loss(d, y, "gradual", 1.0).hard_share.requires_grad
 
 
-def test_openness_is_the_mean_over_pairs():
+def test_the_ratio_of_distances_is_that_of_means_over_pairs():
     embedding, y = made_batches()["random"]
     d, pairs = distances(embedding), {True: [], False: []}
     for i, j in np.ndindex(14, 14):
         if i != j:
             pairs[bool(y[i] == y[j])].append(d[i, j])
-    apart = model.openness(model.pair_distances(embedding, embedding), y)
-    assert float(apart.within) == pytest.approx(np.mean(pairs[True]))
-    assert float(apart.between) == pytest.approx(np.mean(pairs[False]))
-    one = model.openness(model.pair_distances(embedding, embedding), torch.zeros(14))
-    assert float(one.ratio()) == 1
+    ours = model.pair_distances(embedding, embedding)
+    ratio = np.mean(pairs[True]) / np.mean(pairs[False])
+    assert float(model.within_to_between(ours, y)) == pytest.approx(ratio)
+    assert float(model.within_to_between(ours, torch.zeros(14))) == 1
 
 
 def test_the_watch_sees_every_collapse_and_no_healthy_map():
@@ -260,7 +263,7 @@ def test_the_watch_sees_every_collapse_and_no_healthy_map():
     for name, (points, lost) in maps.items():
         d = model.pair_distances(points, points)
         mean = float(d.sum() / (72 * 71))
-        assert model.collapsed(float(model.openness(d, y).ratio()), mean, 1.0) == lost, name
+        assert model.collapsed(float(model.within_to_between(d, y)), mean, 1.0) == lost, name
 
 
 # --- retrieval --------------------------------------------------------------------------------
@@ -366,6 +369,16 @@ def test_an_exported_network_is_a_trunk_that_learns_or_is_frozen(program):
         assert any("classify" in name for name in moved)
     with pytest.raises(ValueError, match="of pictures of 20 pixels"):
         model.trunk_width(trunk, 20)
+    for broken in (b"", b"<html>not found</html>", program[: len(program) // 2]):
+        with pytest.raises(ValueError, match="not a program"):
+            model.make_trunk("net.pt2", (), program=broken)
+
+
+def test_pickled_objects_in_an_exported_network_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
+        archive.writestr("archive/data/constants/custom_obj_0", b"code")
+    with pytest.raises(data.DataError, match="whose code would run"):
+        data.find_program(str(tmp_path / "net.pt2"), tmp_path)
 
 
 def test_a_pretrained_trunk_keeps_its_statistics():
@@ -409,19 +422,19 @@ def test_the_order_of_batches_changes():
 def test_augmenting_turns_mirrors_and_relights_and_spoils_nothing():
     torch.manual_seed(2)
     x = torch.full((300, 3, 17, 17), 0.4)
-    x[:, :, 8, 2:8] = 0.9  # a line to the left of the middle
+    x[:, :, 8, 2:8] = 0.9  # a line from the middle to the left
     before = x.clone()
     found = data.augment(x)
     assert torch.equal(x, before)
     assert found.shape == x.shape and 0 <= found.min() <= found.max() <= 1
-    background = found[:, :, :2].flatten(2).median(2).values
-    assert background.std() > 0.05 and (background[:, 0] - background[:, 2]).abs().mean() > 0.01
-    bright = found.mean(1) - found.mean(1).flatten(1).median(1).values[:, None, None]
-    weight = bright.clamp(min=0.1) - 0.1
-    place = torch.arange(17) - 8.0
-    right = (weight.sum(1) * place).sum(1) / weight.sum((1, 2)).clamp(min=1e-6)
-    down = (weight.sum(2) * place).sum(1) / weight.sum((1, 2)).clamp(min=1e-6)
-    assert right.min() < -2 and right.max() > 2 and down.min() < -2 and down.max() > 2
+    background = found.flatten(2).median(2).values
+    assert background.std(0).min() > 0.03
+    assert (background[:, 0] - background[:, 2]).abs().mean() > 1e-3
+    bright = (found.mean(1) - background.mean(1)[:, None, None]).clamp(min=0)
+    place, weight = torch.arange(17) - 8.0, bright.sum((1, 2))
+    for axis in (1, 2):  # the line lies to all sides
+        where = (bright.sum(axis) * place).sum(1) / weight
+        assert where.min() < -2 and where.max() > 2
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -455,7 +468,7 @@ def test_copies_of_a_picture_are_never_in_two_splits(tmp_path):
     found = load_folder(write_folder(tmp_path / "mine"))
     parts = (found.train, found.val, found.test)
     assert found.numbers["groups"] == 12 and [len(part.x) for part in parts] == [32, 8, 8]
-    hashes = [data.difference_hash(part.x) for part in parts]
+    hashes = [data.difference_hashes(part.x) for part in parts]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         alike = torch.stack([hashes[one][0] @ turned.T for turned in hashes[other]])
         assert ((128 - alike) / 2).min() > 16
@@ -491,7 +504,7 @@ def test_a_group_goes_whole_into_one_split():
 def test_names_link_copies_that_hashes_miss():
     x = torch.stack([torch.from_numpy(np.array(photo(n))).permute(2, 0, 1) for n in range(5)])
     names = ["leaf_1", "leaf_1_crop", "leaf_10", "leaf_2", "leaf_1 (2)"]
-    groups = data.near_duplicates(x, names, same_bits=8).tolist()
+    groups = data.copy_groups(x, names, same_bits=8).tolist()
     assert groups[0] == groups[1] == groups[4]
     assert len(set(groups)) == 3
 
@@ -573,14 +586,14 @@ def test_each_look_is_drawn_under_its_name_over_backgrounds_of_its_split(monkeyp
         drawn.append((look, photos))
         return torch.full((count, 3, size, size), number, dtype=torch.uint8)
 
-    monkeypatch.setattr(data, "draw", draw)
+    monkeypatch.setattr(data, "draw_leaves", draw)
     found = data.load_leaves(tmp_path, 16, 60, seed=7)
     for part in (found.train, found.val, found.test):
         assert torch.equal(part.x[:, 0, 0, 0].long(), part.y)
     assert found.classes == tuple(data.LOOKS)
-    widths = {photos.shape[3] for _, photos in drawn}
-    starts = {photos.storage_offset() for _, photos in drawn}
-    assert widths == {448, 64, 128} and starts == {0, 448, 512}  # of photographs 640 wide
+    step = {photos.stride(3) for _, photos in drawn}.pop()
+    ends = {(photos.storage_offset() // step, photos.shape[3]) for _, photos in drawn}
+    assert ends == {(0, 448), (448, 64), (512, 128)}  # of photographs 640 wide
 
 
 # --- one tiny run: what it reports ------------------------------------------------------------
@@ -592,7 +605,7 @@ def again(run, leaves_dir) -> SimpleNamespace:
     options = {"image_size": 16, "leaf_count": 90, "same_bits": 16, "seed": 0}
     found = data.load(dataset="leaves", data_dir=leaves_dir, **options)
     saved = torch.load(run / "model.pt", weights_only=True)
-    net = predictor.load_model(saved, torch.device("cpu"))
+    net = predictor.load_network(saved, torch.device("cpu"))
     with torch.no_grad():
         parts = [net(part.x.float() / 255) for part in (found.train, found.val, found.test)]
     return SimpleNamespace(data=found, saved=saved, train=parts[0], val=parts[1], test=parts[2])
@@ -699,19 +712,13 @@ def test_the_rest_of_the_report(run, again):
     assert metrics["collapsed_epochs"] == sum(int(row["collapsed"]) for row in both)
     for row in rows:
         assert int(row["collapsed"]) == (float(row["within_to_between"]) > 0.9)
-    assert metrics["data"] == {"pictures": 102, "groups": 102, "train": 66, "val": 12, "test": 24} \
-        or metrics["data"]["train"] == len(again.data.train.x)  # fmt: skip
+    parts = {"train": again.data.train, "val": again.data.val, "test": again.data.test}
+    sizes = {name: len(part.x) for name, part in parts.items()}
+    total = sum(sizes.values())
+    assert metrics["data"] == {"pictures": total, "groups": total} | sizes
     names = {path.name for path in run.iterdir()}
-    pictures = [
-        "ablation",
-        "embedding",
-        "film",
-        "triplets",
-        "curves",
-        "confusion",
-        "thumbnails",
-        "retrieval",
-    ]
+    pictures = {"ablation", "embedding", "film", "triplets", "curves", "confusion"}
+    pictures |= {"thumbnails", "retrieval"}
     assert {f"{name}.png" for name in pictures} <= names
 
 
@@ -782,14 +789,13 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(trainer, "timing", lambda *_: {})
 
 
-def cycle(step: int, total: int, peak: float) -> float:
-    """The one-cycle rate: from a 25th to the peak in 30% of the steps, then to a 250,000th."""
+def cycle(step: int, total: int, low: float, high: float, last: float) -> float:
+    """One cycle, by cosines: from `low` to `high` in 30% of the steps, then to `last`."""
     up = 0.3 * total - 1
-    if step <= up:
-        low, high, part = peak / 25, peak, step / up
-    else:
-        low, high, part = peak, peak / 25 / 1e4, (step - up) / (total - 1 - up)
-    return high + (low - high) * (1 + math.cos(math.pi * part)) / 2
+    start, end, part = low, high, step / up
+    if step > up:
+        start, end, part = high, last, (step - up) / (total - 1 - up)
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
 @pytest.mark.parametrize(
@@ -797,7 +803,7 @@ def cycle(step: int, total: int, peak: float) -> float:
     [
         ("both", ["--triplet_weight", "0.3", "--margin", "0.8"]),
         ("both", ["--mining", "hard", "--relative_margin", "false", "--triplet_weight", "0.7"]),
-        ("both", ["--mining", "all", "--margin", "0.6"]),
+        ("both", ["--mining", "all", "--margin", "0.6", "--triplet_weight", "0.5"]),
         ("no_triplet", ["--ablation", "true", "--triplet_weight", "0.3"]),
         ("no_cls", ["--ablation", "true", "--triplet_weight", "0.3"]),
     ],
@@ -830,17 +836,21 @@ def test_steps_by_hand(monkeypatch, tmp_path, no_pictures, method, flags):
         loss = loss + triplet_weight * plain_loss(d, y, mining, margin)
         net.zero_grad()
         loss.backward()
-        lr = cycle(step, 4, 0.02)
+        lr = cycle(step, 4, 0.02 / 25, 0.02, 0.02 / 25 / 1e4)
+        beta = cycle(step, 4, 0.95, 0.85, 0.95)  # the momentum's cycle is the other way round
         for name, weight in net.named_parameters():
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            m = 0.9 * moments[name][0] + 0.1 * grad
+            m = beta * moments[name][0] + (1 - beta) * grad
             v = 0.999 * moments[name][1] + 0.001 * grad**2
             moments[name] = [m, v]
-            move = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-            weight.data = weight.data * (1 - lr * 0.5) - lr * move
+            scale = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            move = m / (1 - beta ** (step + 1)) / scale
+            if weight.grad is not None:
+                weight.data = weight.data * (1 - lr * 0.5) - lr * move
     expected, ours = net.state_dict(), seen.weights[2 * place + 3]
+    for name in ("embed.0.bias", "embed.1.running_mean", "embed.3.bias"):
+        del expected[name]  # no gradient but rounding, of which Adam makes steps
     for name, value in expected.items():
-        # where the gradient is rounding alone, Adam's sign of it is chance
         off = (ours[name].double() - value.double()).abs()
         assert off.median() < 1e-4 and (off > 5e-3).double().mean() < 0.02, name
 
@@ -896,7 +906,7 @@ def test_evaluation_is_of_each_picture_by_itself(monkeypatch, tmp_path, no_pictu
     seen, found = Recorder(monkeypatch), made_data()
     folder = made_run(monkeypatch, tmp_path, found)
     saved = torch.load(folder / "model.pt", weights_only=True)
-    net = predictor.load_model(saved, torch.device("cpu"))
+    net = predictor.load_network(saved, torch.device("cpu"))
     alone = torch.cat([net(x[None].float() / 255).embedding for x in found.train.x])
     assert torch.allclose(saved["gallery"]["embedding"], alone, atol=1e-5)
     images = [part.x for part in seen.evaluated]
@@ -920,7 +930,7 @@ def outputs_of(folder: Path) -> dict[str, object]:
         "training": columns["train_"],
         "validation": columns["val_"],
         "weights": [value.tolist() for value in saved["weights"].values()],
-        "class head": [metrics["both"][key] for key in ("accuracy", "macro_f1", "confusion")],
+        "class_head": [metrics["both"][key] for key in ("accuracy", "macro_f1", "confusion")],
         "map": metrics["both"]["embedding"],
         "features": metrics["both"]["features"],
         "baselines": metrics["baselines"],
@@ -974,11 +984,13 @@ def test_influence(monkeypatch, tmp_path, no_pictures, undisturbed, disturbed):
     else:
         examples = getattr(found, part)
         order = torch.randperm(len(examples.y), generator=torch.Generator().manual_seed(1))
-        new = {"labels": examples._replace(y=examples.y[order])}
+        labels = examples.y[order]
+        labels[:4] = 2
+        new = {"labels": examples._replace(y=labels)}
         new["pictures"] = examples._replace(x=255 - examples.x[order])
         found = found._replace(**{part: new[what]})
     got = outputs_of(made_run(monkeypatch, tmp_path, found, *flags))
-    moved = {name.replace(" ", "_") for name in got if got[name] != undisturbed[name]}
+    moved = {name for name in got if got[name] != undisturbed[name]}
     must, may = (set(table.get(disturbed, "").split()) for table in (INFLUENCE, MAY_MOVE))
     assert must <= moved <= must | may
 
@@ -1085,7 +1097,7 @@ def test_a_pretrained_trunk_is_loaded_frozen_then_learns_at_its_own_rate(
     for number in (0, 1, 3):  # at the start, after the first and the second epoch
         assert all(torch.equal(fresh[key], trunk(number)[key]) for key in fresh)
     assert not all(torch.equal(fresh[key], trunk(5)[key]) for key in fresh)  # after the third
-    net = predictor.load_model(
+    net = predictor.load_network(
         torch.load(folder / "model.pt", weights_only=True), torch.device("cpu")
     )
     groups = seen.optimizer.param_groups
@@ -1180,9 +1192,9 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, leaves_dir, run):
     ("flags", "complaint"),
     [
         (["--dataset", "folder", "--data_dir", "nowhere"], "nowhere: there is no such folder"),
-        ([*TINY, "--lr", "100", "--mining", "hard"], "not finite"),
         ([*TINY, "--resnet", "no_such_net"], "'no_such_net' is neither small, nor a classifier"),
         ([*TINY, "--resnet", "absent.pt2"], "there is neither absent.pt2 nor"),
+        ([*TINY, "--pictures_per_class", "999"], "pictures_per_class: 5994 pictures in a batch"),
         ([*TINY, "--resnet", "vit_b_32"], "no features of pictures of 16 pixels"),
     ],
 )
@@ -1190,17 +1202,21 @@ def test_a_run_that_cannot_go_on_says_why_and_leaves_no_folder(
     tmp_path, leaves_dir, monkeypatch, flags, complaint
 ):
     monkeypatch.chdir(tmp_path)
-    errors = (data.DataError, FloatingPointError)
     place = [] if "--data_dir" in flags else ["--data_dir", leaves_dir]
-    with pytest.raises(errors, match=re.escape(complaint)):
+    with pytest.raises(data.DataError, match=re.escape(complaint)):
         call(trainer, *flags, *place, "--out_dir", tmp_path / "out")
-    left = list((tmp_path / "out").glob("*"))
-    assert not left or complaint == "not finite"
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "augment", lambda x: x / 0)
+    with pytest.raises(FloatingPointError, match="both epoch 1: the loss is not finite at step 1"):
+        made_run(monkeypatch, tmp_path, made_data())
 
 
 @pytest.mark.parametrize("classes", [2, 30])
 def test_the_least_legal_data_are_enough_for_every_number_and_picture(
-    monkeypatch, tmp_path, capsys, classes
+    monkeypatch, tmp_path, classes
 ):
     """One picture of each class in validation and test; names that break a title; many classes."""
     found = made_data((2 * classes, classes, classes), classes)
@@ -1209,8 +1225,8 @@ def test_the_least_legal_data_are_enough_for_every_number_and_picture(
     report = report_of(folder)
     assert report["headline"]["silhouette"] is None
     assert "NaN" not in (folder / "metrics.json").read_text()
-    assert "no picture" not in capsys.readouterr().err
-    assert len(list(folder.glob("*.png"))) == 7
+    pictures = {path.stem for path in folder.glob("*.png")}  # no triplets: no class has two
+    assert pictures == {"curves", "confusion", "embedding", "thumbnails", "film", "retrieval"}
 
 
 # --- predict.py -------------------------------------------------------------------------------
@@ -1255,7 +1271,7 @@ def test_predictions_are_those_of_evaluation(run, again, tmp_path):
                 assert row["nearest_1_class"] == classes[int(again.data.train.y[nearest])]
     assert {"map.png", "retrieval.png"} <= {path.name for path in out.iterdir()}
     with torch.no_grad():
-        net = predictor.load_model(again.saved, torch.device("cpu"))
+        net = predictor.load_network(again.saved, torch.device("cpu"))
         upright = turned.transpose(Image.Transpose.ROTATE_270).convert("RGB")
         x = torch.from_numpy(np.array(upright.resize((16, 16), Image.Resampling.BILINEAR)))
         expected = net(x.permute(2, 0, 1)[None] / 255).embedding[0]
