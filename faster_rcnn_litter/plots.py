@@ -98,7 +98,7 @@ def plot_detections(x: list[Tensor], outcomes: list[tuple], title: str, path: Pa
     for axes in panels.flat[len(chosen) :]:
         axes.axis("off")
     for axes, number in zip(panels.flat, chosen, strict=False):
-        show(axes, x[number])
+        show_picture(axes, x[number])
         for part, color in zip(outcomes[number], (HIT, WRONG, MISSED), strict=True):
             draw_boxes(axes, part, color)
     names = {"found": HIT, "false positive": WRONG, "missed": MISSED}
@@ -118,9 +118,9 @@ def plot_mistakes(
     for row, mistakes, color in ((0, wrong, WRONG), (1, misses, MISSED)):
         for axes, mistake in zip(panels[row], mistakes[:6], strict=False):
             value, number, box = mistake
-            show(axes, x[number])
+            show_picture(axes, x[number])
             draw_boxes(axes, box[None], color)
-            crop(axes, x[number], box)
+            show_crop(axes, x[number], box)
             axes.set_title(f"{'confidence' if row == 0 else 'best IoU'} {value:.2f}", fontsize=9)
         for axes in panels[row, len(mistakes) :]:
             axes.axis("off")
@@ -139,7 +139,7 @@ def save_photos(figure: Figure, path: Path) -> None:
         picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
-def show(axes: Axes, x: Tensor) -> None:
+def show_picture(axes: Axes, x: Tensor) -> None:
     axes.imshow(x.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -151,7 +151,7 @@ def draw_boxes(axes: Axes, boxes: Tensor, color: str) -> None:
         axes.add_patch(Rectangle(place, x2 - x1, y2 - y1, fill=False, color=color, linewidth=1.6))
 
 
-def crop(axes: Axes, x: Tensor, box: Tensor) -> None:
+def show_crop(axes: Axes, x: Tensor, box: Tensor) -> None:
     """Shows a square around the box, half of the picture's shorter side wide or more."""
     height, width = x.shape[1:]
     x1, y1, x2, y2 = box.tolist()

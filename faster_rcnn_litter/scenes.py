@@ -51,14 +51,14 @@ def draw_split(
         pictures.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
         litter = [(box, MATERIALS[kind]) for kind, box in things if kind in MATERIALS]
         labels = [classes.index(m) + 1 if len(classes) > 1 else 1 for _, m in litter]
-        truth.append(target([box for box, _ in litter], labels))
+        truth.append(as_target([box for box, _ in litter], labels))
         others = [(box, kind) for kind, box in things if kind in CONFOUNDERS]
         kinds = [CONFOUNDERS.index(kind) for _, kind in others]
-        confounders.append(target([box for box, _ in others], kinds))
+        confounders.append(as_target([box for box, _ in others], kinds))
     return torch.stack(pictures), truth, confounders
 
 
-def target(boxes: list, labels: list[int]) -> dict[str, Tensor]:
+def as_target(boxes: list, labels: list[int]) -> dict[str, Tensor]:
     """boxes float (K, 4), labels long (K,); K may be 0."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64)}

@@ -38,7 +38,7 @@ STORY = {
     *("main", "load_data", "new_model", "fit", "train_one_epoch", "evaluate", "compare", "study"),
     *("save_model", "headline", "plot_results", "plot_curves", "plot_examples", "summarise"),
     *("load", "load_digits", "load_folder", "load_mnist", "split", "batches", "training_batches"),
-    *("augment", "compose", "predict", "timing", "describe"),
+    *("augment", "compose", "predict", "timing", "describe", "report"),
 }
 every_project = pytest.mark.parametrize("project", PROJECTS)
 
