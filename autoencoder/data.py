@@ -369,10 +369,10 @@ def load(*, dataset: str, data_dir: Path, bundled_images: int, seed: int) -> Pai
     Raises DataError if it cannot be had.
     """
     if dataset == "digits_photographs":
-        x, y = load_digits(bundled_images, seed), load_photographs(bundled_images, seed)
+        x, y = load_digits(bundled_images, seed), load_crops(bundled_images, seed)
         return Pair(x, y, f"data: scikit-learn's {x.name} and {y.name} (real: mnist_cifar100.yaml)")
     if dataset == "folder":
-        (x, bad), y = load_folder(data_dir, seed), load_photographs(bundled_images, seed)
+        (x, bad), y = load_folder(data_dir, seed), load_crops(bundled_images, seed)
     elif dataset == "mnist_folder":
         x, (y, bad) = load_mnist(data_dir, seed), load_folder(data_dir, seed)
     else:
@@ -398,7 +398,7 @@ def load_digits(train_images: int, seed: int) -> Set:
     return Set("digits", tuple(map(str, range(10))), *parts, mirror=False)
 
 
-def load_photographs(train_images: int, seed: int) -> Set:
+def load_crops(train_images: int, seed: int) -> Set:
     """Squares of the two bundled photographs, which are cut into three strips before."""
     from sklearn.datasets import load_sample_images
 

@@ -340,6 +340,7 @@ def outputs_of(part: Callable[[Tensor], Tensor], images: Images) -> Tensor:
 
 def study(images: Set, models: dict[str, Autoencoder], config: Config, run: Path) -> dict:
     """Validation curves and test accuracy over the seeds, by number of labels and start."""
+    rates = {"random": config.random_lr, "plain": config.plain_lr, "masked": config.masked_lr}
     numbers = {}
     for count, passes in zip(config.label_counts, config.classifier_epochs, strict=True):
         rows, tests = {start: [] for start in STARTS}, {start: [] for start in STARTS}
@@ -348,7 +349,7 @@ def study(images: Set, models: dict[str, Autoencoder], config: Config, run: Path
             for start in STARTS:
                 model = new_classifier(images, models, start, config, seed)
                 options = {"name": f"{start}-{count}labels-seed{seed}", "order": f"{count}labels"}
-                options |= {"count": passes, "lr": getattr(config, f"{start}_lr"), "seed": seed}
+                options |= {"count": passes, "lr": rates[start], "seed": seed}
                 own = train_classifier(model, labelled, images.val, config, run, **options)
                 rows[start].append(own)
                 tests[start].append(evaluate_classifier(model, images.test)["accuracy"])

@@ -192,7 +192,7 @@ def test_no_test_pixel_of_the_bundled_pair_is_trained_on(monkeypatch):
     monkeypatch.setattr(
         data, "cut_crops", lambda photos, _, g: strips.append(photos) or cut(photos, 40, g)
     )
-    x, y = data.load_digits(40, 0), data.load_photographs(40, 0)
+    x, y = data.load_digits(40, 0), data.load_crops(40, 0)
     digits = [{image.numpy().tobytes() for image in part} for part in inks]
     columns = [{column.numpy().tobytes() for column in part.unbind(3)} for part in strips]
     for one, other in ((0, 1), (0, 2), (1, 2)):
@@ -307,7 +307,7 @@ def pair() -> data.Pair:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own, "counts_and_generators", few)
-        x, y = own.load_digits(60, 0), own.load_photographs(60, 0)
+        x, y = own.load_digits(60, 0), own.load_crops(60, 0)
     return own.Pair(x, y, "data: small")
 
 

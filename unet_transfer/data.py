@@ -311,8 +311,8 @@ def load_digits(
     kept = kept[torch.randperm(len(kept), generator=generator)]
     digits = torch.from_numpy(bunch.images).float()[kept, None] / 16
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    digit_parts = [part.tolist() for part in cut(len(kept), SHARES)]
-    column_parts = [part.tolist() for part in cut(photos.shape[3], SHARES)]
+    digit_parts = [part.tolist() for part in cut_shares(len(kept), SHARES)]
+    column_parts = [part.tolist() for part in cut_shares(photos.shape[3], SHARES)]
 
     crops, scenes = [], []
     counts = ((crop_count, mask_count), (1000, 200), (1000, 500))
@@ -351,7 +351,7 @@ def compose(
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     cell = (size[0] / grid, size[1] / grid)
-    scene = crop_photos(photos, count, size, 32 / min(cell), uniform)
+    scene = crop_at_random(photos, count, size, 32 / min(cell), uniform)
     mask = torch.zeros(count, *size, dtype=torch.uint8)
     cells = torch.rand(count, grid * grid, generator=generator).argsort(1)
     number = torch.randint(1, min(3, grid * grid) + 1, (count,), generator=generator)
@@ -371,7 +371,7 @@ def compose(
     return (scene * 255).round().byte(), mask, classes[chosen[:, 0]]
 
 
-def crop_photos(
+def crop_at_random(
     photos: Tensor, count: int, size: tuple[int, int], zoom: float, uniform: Callable
 ) -> Tensor:
     """Random crops (count, 3, H, W) of photos (P, 3, h, w) at 0.5 to 1.5 times `zoom`, mirrored
@@ -418,7 +418,7 @@ def place(
     return ((ink - 0.25) / 0.4).clamp(0, 1)
 
 
-def cut(count: int, shares: tuple[float, ...]) -> list[Tensor]:
+def cut_shares(count: int, shares: tuple[float, ...]) -> list[Tensor]:
     """0 .. count - 1 in as many runs of neighbours as there are shares."""
     sizes = [round(share * count) for share in shares[:-1]]
     return list(torch.arange(count).split([*sizes, count - sum(sizes)]))
@@ -479,8 +479,8 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
     paths = visible_files(folder / "images")
     if not paths:
         raise DataError(f"{folder / 'images'}: there are no images")
-    images = {nfc(path.relative_to(folder / "images").as_posix()): path for path in paths}
-    labels = read_classes(folder / "classes.csv", set(images))
+    images = {composed(path.relative_to(folder / "images").as_posix()): path for path in paths}
+    labels = read_labels(folder / "classes.csv", set(images))
     classes = tuple(sorted(set(labels.values())))
     masks = find_masks(folder / "masks")
     items = {}
@@ -504,7 +504,7 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
 def find_masks(folder: Path) -> dict[str, Path]:
     """Path of each .png (or .PNG) by its name without it, as seen from `folder`."""
     paths = [path for path in visible_files(folder) if path.suffix.lower() == ".png"]
-    return {without_suffix(nfc(path.relative_to(folder).as_posix())): path for path in paths}
+    return {without_suffix(composed(path.relative_to(folder).as_posix())): path for path in paths}
 
 
 def without_suffix(name: str) -> str:
@@ -546,19 +546,21 @@ def found_values(folder: Path, masks: list[Path]) -> list[int]:
     return cached(folder, "values", (stats, DECODING), make)
 
 
-def nfc(name: str) -> str:
+def composed(name: str) -> str:
     """A name in the one of Unicode's spellings that names are compared in."""
     return unicodedata.normalize("NFC", name)
 
 
-def read_classes(path: Path, known: set[str]) -> dict[str, str]:
+def read_labels(path: Path, known: set[str]) -> dict[str, str]:
     """Class by file, from a csv whose columns are `file`, relative to images/, and `class`."""
     lines = read_text(path).splitlines()
     try:
         table = csv.DictReader(lines, skipinitialspace=True)
         if not {"file", "class"} <= set(table.fieldnames or ()):
             raise DataError(f"{path}: expected the columns file,class")
-        rows = [(nfc(row["file"] or "").strip(), (row["class"] or "").strip()) for row in table]
+        rows = [
+            (composed(row["file"] or "").strip(), (row["class"] or "").strip()) for row in table
+        ]
     except csv.Error as error:
         raise DataError(f"{path}: not a csv ({error})") from error
     labels = {name: label for name, label in rows if label}
@@ -570,7 +572,7 @@ def read_classes(path: Path, known: set[str]) -> dict[str, str]:
 def shuffled(items: list[Item], shares: tuple[float, ...], seed: int) -> list[list[Item]]:
     """Disjoint random parts in the given shares."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [[items[place] for place in order[part]] for part in cut(len(items), shares)]
+    return [[items[place] for place in order[part]] for part in cut_shares(len(items), shares)]
 
 
 def photograph_task(

@@ -50,7 +50,7 @@ def main() -> None:
             shares = np.bincount(mask.ravel(), minlength=len(segments)) / mask.size
             table.writerow([name, *(f"{share:.6f}" for share in shares)])
             total, count = total + shares, count + 1
-    report(total, count, segments, bad)
+    report_shares(total, count, segments, bad)
     print(folder)
 
 
@@ -141,7 +141,7 @@ def write_pictures(
         image.save(path)
 
 
-def report(total: np.ndarray, count: int, segments: list[str], bad: list[str]) -> None:
+def report_shares(total: np.ndarray, count: int, segments: list[str], bad: list[str]) -> None:
     """Raises DataError if no picture could be read."""
     for reason in bad:
         tqdm.write(f"left out: {reason}")
