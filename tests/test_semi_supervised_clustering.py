@@ -994,6 +994,12 @@ def test_model_and_predictions_are_those_of_split_0():
     _, pool, test, given = split_by_hand(table, 0, 0, 10)
     saved = torch.load(folder / "model.pt", weights_only=True)
     z = (table.x - saved["mean"]) / saved["deviation"]
+    y = torch.full((150,), -1)
+    y[given] = table.y[given]  # what the clustering may know
+    ours = ClusterThenLabel(3, metric="pooled", n_init=2, tol=1e-7, random_state=0)
+    ours.fit(z[pool], y[pool])
+    torch.testing.assert_close(saved["estimator"]["centres"], ours.centres_)
+    assert report["objective"] == pytest.approx(ours.objective_)
     z = (z - saved["estimator"]["shift"]) @ saved["estimator"]["whiten"]
     own = torch.cdist(z, saved["estimator"]["centres"]).argmin(1)
     label = saved["estimator"]["probs"].argmax(1)[own]
