@@ -399,7 +399,7 @@ def test_a_sample_stands_for_all_rows_and_holds_labels():
     assert (drawn.y >= 0).sum() == labelled
     assert drawn.w[drawn.y >= 0].unique().tolist() == [1]
     assert float(drawn.w.sum()) == pytest.approx(6000)
-    assert len(drawn.x) == labelled + (6000 - labelled) // 10 or len(drawn.x) == labelled + 600
+    assert len(drawn.x) == labelled + 600
 
 
 def test_a_table_in_a_file_gives_the_same_and_is_not_copied(tmp_path):
@@ -733,18 +733,15 @@ def ends(row: dict, *endings: str) -> set[str]:
     return {name for name in row if name.endswith(endings)}
 
 
-FIT = ("_impurity", "chosen_clusters", "chosen_alpha")
-
-
 @pytest.mark.parametrize(
     ("disturbed", "may_move", "has_to_move"),
     [
         # what is disturbed, the columns of history.csv that may move, some that have to
         ("hidden classes", ("_accuracy", "_ari", "_nmi"), ("_ari", "_nmi")),
         ("test classes", ("_test_accuracy",), ("_test_accuracy",)),
-        ("test rows", ("_test_accuracy",), ("_test_accuracy",)),
-        ("given classes", ("", *FIT), ("_accuracy", "ours3_ari", "seeded3_ari", "mixture_ari")),
-        ("unlabelled rows", ("", *FIT), ("_accuracy", "_ari")),
+        ("test rows", ("_test_accuracy",), ("ours3_test_accuracy", "logistic_test_accuracy")),
+        ("given classes", ("",), ("3_accuracy", "_mean_accuracy", "logistic_ari", "spreading_ari")),
+        ("unlabelled rows", ("",), ("ours6_ari", "seeded6_ari", "logistic_ari", "spreading_ari")),
     ],
 )
 def test_what_moves_what(program, config, disturbed, may_move, has_to_move):
@@ -786,11 +783,9 @@ def test_what_moves_what(program, config, disturbed, may_move, has_to_move):
         allowed -= {name for name in ends(before, "_ari", "_nmi") if name.startswith("kmeans")}
     if disturbed == "unlabelled rows":  # from the labelled points alone
         allowed -= {"logistic_test_accuracy", "nearest_mean_test_accuracy"}
-        has_to_move = ("ours6_ari", "seeded6_ari", "logistic_accuracy", "spreading_ari")
     assert moved <= allowed, moved - allowed
-    assert moved >= ends(before, *has_to_move) - {"nothing"} or (
-        disturbed not in ("hidden classes",) and moved & ends(before, *has_to_move)
-    )
+    wanted = ends(before, *has_to_move)
+    assert wanted and wanted <= moved, wanted - moved
 
 
 def long_clusters(seed: int, corners: bool = False):
@@ -1049,9 +1044,9 @@ def without_clock(folder: Path) -> tuple[dict, list[dict]]:
     return metrics, [row | {"seconds": ""} for row in rows_of(folder / "history.csv")]
 
 
-@pytest.mark.parametrize("checkpoint", [1, 2, 5])
+@pytest.mark.parametrize("checkpoint", [2, 4])
 def test_a_killed_run_ends_like_an_unbroken_one(checkpoint, program, tmp_path, monkeypatch):
-    """Killed after the clustering, after a split, in the sweep of alpha."""
+    """Killed after a split, and in the sweep of alpha."""
     keep, done = program.save_checkpoint, []
 
     def save_checkpoint(*parts):
