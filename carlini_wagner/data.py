@@ -297,7 +297,7 @@ def load_digits(*, train_count: int, seed: int) -> Splits:
     y = torch.from_numpy(bunch.target).long()[order]
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2) / 255
     counts = (train_count, *COUNTS)
-    parts = zip(cut(len(y)), cut(photos.shape[3]), counts, strict=True)
+    parts = zip(share_out(len(y)), share_out(photos.shape[3]), counts, strict=True)
     return Splits(
         *(
             compose(ink[own], y[own], photos[..., columns], count, generator)
@@ -306,7 +306,7 @@ def load_digits(*, train_count: int, seed: int) -> Splits:
     )
 
 
-def cut(count: int) -> list[slice]:
+def share_out(count: int) -> list[slice]:
     """0 .. count - 1 in runs of neighbours, in the proportions of SHARES."""
     ends = [round(sum(SHARES[:number]) * count) for number in range(len(SHARES) + 1)]
     return [slice(*ends[number : number + 2]) for number in range(len(SHARES))]
@@ -357,10 +357,10 @@ def load_mnist(*, train_count: int, seed: int, data_dir: Path) -> Splits:
     order = torch.randperm(len(train[0]), generator=generator)
     parts = (order[:train_count], order[train_count : train_count + validate])
     picked = torch.randperm(len(test[0]), generator=generator)[:tested]
-    return Splits(*(pad(*train, rows) for rows in parts), pad(*test, picked))
+    return Splits(*(frame_digits(*train, rows) for rows in parts), frame_digits(*test, picked))
 
 
-def pad(x: Tensor, y: Tensor, rows: Tensor) -> Examples:
+def frame_digits(x: Tensor, y: Tensor, rows: Tensor) -> Examples:
     """The images `rows` of grey ones (N, 1, 28, 28), in three equal colours, framed in black."""
     return Examples(F.pad(x[rows], (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous(), y[rows])
 
@@ -407,7 +407,7 @@ def load_photographs(
     x, names, bad = [], [], []
     for path in find_photographs(sources, data_dir):
         try:
-            x.append(crop(open_picture(path), size))
+            x.append(crop_centre(open_picture(path), size))
         except DataError as error:
             bad.append(str(error))
             continue
@@ -419,7 +419,7 @@ def load_photographs(
     return Photographs(torch.stack(x), names, bad)
 
 
-def crop(picture: Image.Image, size: int) -> Tensor:
+def crop_centre(picture: Image.Image, size: int) -> Tensor:
     """uint8 (3, size, size): as usual for ImageNet, the shorter side `size` pixels, the centre cut
     out. A picture of that size is left as it is, to the last bit.
     """
@@ -436,7 +436,7 @@ def crops(
     names, pictures = [], []
     for name, path in tqdm(find_pictures(inputs).items(), "pictures", leave=False, disable=None):
         try:
-            pictures.append(crop(open_picture(path), size))
+            pictures.append(crop_centre(open_picture(path), size))
             names.append(name)
         except DataError as error:
             bad.append(str(error))
@@ -496,7 +496,7 @@ def class_number(target: str, classes: list[str]) -> int:
 
 
 def describe_network(network: str, weights: str, data_dir: Path) -> dict:
-    """What model.build makes the network from: a .pt2 file's bytes, or the name of one of
+    """What model.build_network makes the network from: a .pt2 file's bytes, or the name of one of
     torchvision's networks and a state dict. Raises DataError if they cannot be had.
     """
     if network.endswith(".pt2"):
@@ -563,5 +563,5 @@ def through_disk(x: Tensor, names: list[str], folder: Path) -> Tensor:
     for name, picture in zip(names, pixels, strict=True):
         path = folder / f"{name}.png"
         Image.fromarray(picture).save(path)
-        back.append(crop(open_picture(path), x.shape[-1]))
+        back.append(crop_centre(open_picture(path), x.shape[-1]))
     return torch.stack(back).to(x.device).float() / 255

@@ -427,7 +427,7 @@ class Normalised(nn.Module):
         return self.network((x - self.mean) / self.std)
 
 
-def build(description: dict) -> nn.Module:
+def build_network(description: dict) -> nn.Module:
     """A network for pixels in [0, 1], frozen: an attack changes pictures only.
 
     `description` has `kind` small (state, width, classes), torchvision (name, state) or exported

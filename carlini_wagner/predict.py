@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from data import DataError, crop, crops, open_picture
-from model import build, distance, look, margin
+from data import DataError, crop_centre, crops, open_picture
+from model import build_network, distance, look, margin
 from plots import plot_seen
 from run import run_main, start_predict, try_plot, user_path
 
@@ -29,7 +29,7 @@ def main() -> None:
     text = "what the pictures were before: one picture, or a folder with the same names"
     parser.add_argument("--original", metavar="PATH", type=user_path, help=text)
     given, saved, folder, device = start_predict(parser)
-    networks = [build(description).to(device) for description in saved["networks"]]
+    networks = [build_network(description).to(device) for description in saved["networks"]]
     bad, rows, shown, count = [], [], [], 0
     with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
         for names, x in crops(given.inputs, saved["image_size"], BATCH, bad):
@@ -49,7 +49,7 @@ def main() -> None:
             count += len(new)
     if not count:
         raise DataError(f"no picture could be read, the first: {bad[0]}")
-    report(rows, shown, count, bad, folder)
+    print_seen(rows, shown, count, bad, folder)
 
 
 def predict(networks: list[nn.Module], x: Tensor, classes: list[str]) -> list[dict]:
@@ -71,12 +71,14 @@ def how_far(original: Path, name: str, x: Tensor) -> dict[str, float | None]:
     path = original / name if original.is_dir() else original
     if not path.is_file():
         return {"l2": None, "linf": None}
-    x0 = crop(open_picture(path), x.shape[-1]).float() / 255
+    x0 = crop_centre(open_picture(path), x.shape[-1]).float() / 255
     x = x.float() / 255
     return {"l2": float(distance(x[None], x0[None])), "linf": float((x - x0).abs().max())}
 
 
-def report(rows: list[dict], shown: list[Tensor], count: int, bad: list[str], folder: Path) -> None:
+def print_seen(
+    rows: list[dict], shown: list[Tensor], count: int, bad: list[str], folder: Path
+) -> None:
     for row in rows:
         far = f"  L2 {row['l2']:.4f}" if row.get("l2") is not None else ""
         seen = f"{row['class']} {row['probability']:.3f}, margin {row['margin']:.3f}"

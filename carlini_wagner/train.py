@@ -40,7 +40,7 @@ from model import (
     Goal,
     SmallResNet,
     alternating,
-    build,
+    build_network,
     carlini_wagner,
     decoupled,
     distance,
@@ -130,7 +130,9 @@ class Task(NamedTuple):
     target: Tensor  # (N,), the class that it has to see, or has to leave
     names: list[str]  # of the pictures
     classes: list[str]
-    networks: list[dict]  # as model.build takes them: the one attacked and, to compare, a second
+    networks: list[
+        dict
+    ]  # as model.build_network takes them: the one attacked and, to compare, a second
 
 
 class Outcome(NamedTuple):
@@ -197,7 +199,7 @@ def photographs_task(
     if config.compare:
         plan.append((config.second_network, config.second_weights))
     descriptions, networks, seen = zip(
-        *(load_network(config, *one, x) for one in plan), strict=True
+        *(attacked_network(config, *one, x) for one in plan), strict=True
     )
     if seen[0].shape[1] != seen[-1].shape[1]:
         raise DataError(f"second_network: {seen[-1].shape[1]} classes, not {seen[0].shape[1]}")
@@ -219,14 +221,14 @@ def photographs_task(
     return task, list(networks), numbers
 
 
-def load_network(
+def attacked_network(
     config: Config, network: str, weights: str, x: Tensor
 ) -> tuple[dict, nn.Module, Tensor]:
-    """As model.build takes it, itself, and its logits of `x`. Raises DataError."""
+    """As model.build_network takes it, itself, and its logits of `x`. Raises DataError."""
     description = describe_network(network, weights, config.data_dir)
     description |= {"mean": list(config.mean), "std": list(config.std)}
     try:
-        built = build(description).to(x.device)
+        built = build_network(description).to(x.device)
         look(built, x[:1])  # a .pt2 file may be for another size, or for one size of batches
         return description, built, look(built, x)[0]
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -252,7 +254,7 @@ def digits_task(
         accuracies[name] = evaluate(network, test)["accuracy"]
         description = {"kind": "small", "width": config.width, "classes": 10}
         descriptions.append(description | {"state": network.cpu().state_dict()})
-    networks = [build(description).to(device) for description in descriptions]
+    networks = [build_network(description).to(device) for description in descriptions]
     seen = look(networks[0], test.x.float() / 255)[0].argmax(1)
     chosen, target = choose_digits(
         test.y.cpu(), (seen == test.y).cpu(), target=config.target, count=config.picture_count

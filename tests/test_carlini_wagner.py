@@ -479,7 +479,7 @@ def small_description(classes: int = 10) -> dict:
 
 
 def test_a_built_network_is_frozen_and_in_eval_mode():
-    network = model.build(small_description())
+    network = model.build_network(small_description())
     assert not network.training and not any(w.requires_grad for w in network.parameters())
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(network(x)[:1], network(x[:1]))  # no statistics of the batch
@@ -509,7 +509,7 @@ def test_an_exported_network_gives_the_same_logits_and_slopes(exported):
     path, network = exported
     description = data.describe_network(path.name, "imagenet", path.parent)
     description |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    again = model.build(description)
+    again = model.build_network(description)
     x = torch.rand(3, 3, 16, 16)
     plain = model.Normalised(network, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     goal = Goal(torch.tensor([0, 1, 2]))
@@ -654,11 +654,11 @@ def test_photographs_from_files_folders_and_lists(photos, tmp_path):
 
 def test_a_picture_of_the_right_size_is_left_as_it_is():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    assert np.array_equal(data.crop(Image.fromarray(pixels), 16).permute(1, 2, 0), pixels)
+    assert np.array_equal(data.crop_centre(Image.fromarray(pixels), 16).permute(1, 2, 0), pixels)
     wide = Image.fromarray(np.repeat(pixels, 2, axis=1))
     wide.paste((9, 9, 9), (0, 0, 8, 16))  # what a crop of the centre leaves out
     wide.paste((9, 9, 9), (24, 0, 32, 16))
-    kept = data.crop(wide, 16).permute(1, 2, 0).numpy()
+    kept = data.crop_centre(wide, 16).permute(1, 2, 0).numpy()
     assert np.array_equal(kept, np.repeat(pixels, 2, axis=1)[:, 8:24])
 
 
@@ -802,7 +802,7 @@ def check_against_the_data(whole: tuple, scenes) -> None:
     for description, name, stage in zip(
         networks, ("test_accuracy", "second_test_accuracy"), ("train", "train-second"), strict=True
     ):
-        network = model.build(description)
+        network = model.build_network(description)
         hits = {}
         for part in ("val", "test"):
             examples = getattr(scenes, part)
@@ -814,7 +814,7 @@ def check_against_the_data(whole: tuple, scenes) -> None:
     scene = {x.numpy().tobytes(): int(y) for x, y in zip(*scenes.test, strict=True)}
     shown = (task.x * 255).round().byte()
     labels = torch.tensor([scene[x.numpy().tobytes()] for x in shown])  # all of the test part
-    network = model.build(networks[0])
+    network = model.build_network(networks[0])
     assert torch.equal(network(task.x).argmax(1), labels) and torch.equal(task.before, labels)
     assert torch.equal(task.target, (labels + 1) % 10)
 
@@ -993,7 +993,7 @@ def finished():
 def test_the_headline_is_that_of_the_saved_pngs_and_weights(finished):
     folder, report, _ = finished
     saved = torch.load(folder / "model.pt", weights_only=True)
-    network, second = (model.build(description) for description in saved["networks"])
+    network, second = (model.build_network(description) for description in saved["networks"])
     originals = read(folder / "originals")
     for name in ("probability", "logits", "fast"):
         numbers = report["metrics"][name]
