@@ -669,9 +669,9 @@ def gradients_along(model, pairs, loss_of, step):
 
 @pytest.mark.parametrize("kind", ["autoencoder", "masked", "classifier"])
 def test_two_steps_are_those_taken_by_hand(pair, kind, tmp_path, monkeypatch):
-    config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.5")
+    config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.25")
     monkeypatch.setattr(train_py, "LEAST_IMAGES", 1)
-    rates = [1.0, 1.0]  # one_cycle of two steps, half of them rising
+    rates = [1.0, 2 / 3]  # one_cycle of two steps, a quarter of them rising
     if kind == "classifier":
         model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
         loss_of, options = F.cross_entropy, {"name": "c", "order": "o", "count": 1, "lr": 0.05}
