@@ -268,6 +268,7 @@ def test_a_broken_image_is_left_out_and_counted_and_a_lone_class_refused(tmp_pat
     assert len(bad) == 1 and "3.png" in bad[0]
     assert (len(images.train.x), len(images.val.x), len(images.test.x)) == (47, 2, 50)
     assert images.classes == ("cat", "dog")
+    assert torch.bincount(torch.cat((images.train.y, images.val.y))).tolist() == [24, 25]
     (folder / "test" / "dog").rename(folder / "test" / "bird")
     with pytest.raises(data.DataError, match="class 'bird' is not in both"):
         data.load_folder(folder, 0)
@@ -354,6 +355,9 @@ def parts_of(result: dict) -> dict[str, str]:
         "pca x on x": mse["pca_of_x"]["x"],
         "pca y on y": mse["pca_of_y"]["y"],
         "added": result["added"],
+        "added weights": [
+            weights(name) for name in sorted(result["weights"]) if name.startswith("with")
+        ],
         "new images": result["generation"]["local"],
         "far": [v["to_nearest"] for v in result["generation"]["independent"].values()],
     }
@@ -388,8 +392,8 @@ INFLUENCE = {
     "x train labels": {
         "random weights", "random train", "random val", "random test", "plain weights",
         "plain train", "plain val", "plain test", "masked weights", "masked train", "masked val",
-        "masked test", "judge weights", "added", "new images", "probe pixels", "probe pca",
-        "probe untrained", "probe plain", "probe masked", "probe of_y",
+        "masked test", "judge weights", "added", "added weights", "new images", "probe pixels",
+        "probe pca", "probe untrained", "probe plain", "probe masked", "probe of_y",
     },
 }  # fmt: skip
 
@@ -413,7 +417,7 @@ def test_each_part_of_the_data_moves_what_it_may_and_nothing_else(pair, plain, p
     may_stay |= {"added", "new images"}  # accuracies over 40 images may come out alike
     assert moved <= INFLUENCE[part]
     assert INFLUENCE[part] - may_stay <= moved
-    if INFLUENCE[part] & may_stay:
+    if part.startswith("x t"):  # of so many accuracies some must
         assert moved & may_stay
 
 
@@ -588,13 +592,20 @@ def test_new_images_at_no_noise_are_reconstructions_and_judged_with_their_classe
     assert noisy > plain["generation"]["independent"]["0"]["mse_to_clean"]
 
 
-def test_independent_noise_has_each_numbers_deviation(pair, monkeypatch):
+def test_noise_comes_from_training_codes_and_has_their_deviation(pair, monkeypatch):
     config, seen = settings(noise_levels="0.5"), []
     monkeypatch.setattr(train_py, "decode_bytes", lambda model, codes: seen.append(codes) or
                         torch.zeros(len(codes), 3, 32, 32, dtype=torch.uint8))  # fmt: skip
     model = small_autoencoder()
+    known = []
+    monkeypatch.setattr(
+        train_py, "CodeNeighbours", lambda *a: known.append(a) or CodeNeighbours(*a)
+    )
     test = data.Images(pair.x.test.x.repeat(40, 1, 1, 1), pair.x.test.y.repeat(40))
     train_py.generate(pair.x._replace(test=test), model, None, config)
+    ((known_codes, labels),) = known
+    assert torch.equal(known_codes, train_py.codes_of(model, pair.x.train))
+    assert torch.equal(labels, pair.x.train.y)
     codes = train_py.codes_of(model, test)
     sd = train_py.codes_of(model, pair.x.train).std(0)
     torch.testing.assert_close(
@@ -669,9 +680,9 @@ def gradients_along(model, pairs, loss_of, step):
 
 @pytest.mark.parametrize("kind", ["autoencoder", "masked", "classifier"])
 def test_two_steps_are_those_taken_by_hand(pair, kind, tmp_path, monkeypatch):
-    config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.5")
+    config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.25")
     monkeypatch.setattr(train_py, "LEAST_IMAGES", 1)
-    rates = [1.0, 1.0]  # one_cycle of two steps, half of them rising
+    rates = [1.0, 2 / 3]  # one_cycle of two steps, a quarter of them rising
     if kind == "classifier":
         model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
         loss_of, options = F.cross_entropy, {"name": "c", "order": "o", "count": 1, "lr": 0.05}

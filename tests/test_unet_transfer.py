@@ -172,15 +172,17 @@ def digits(**changes: int) -> data.Task:
 
 
 def test_no_pixel_of_a_test_scene_occurs_in_a_training_scene(monkeypatch):
-    sources = []
+    sources, seeds = [], []
     compose = data.compose
 
     def spy(source_digits, classes, photos, count, size, **options):
         sources.append((source_digits, photos))
+        seeds.append(options["generator"].initial_seed())
         return compose(source_digits, classes, photos, 2, size, **options)
 
     monkeypatch.setattr(data, "compose", spy)
-    digits()
+    digits(seed=1)
+    assert seeds == [3, 3, 4, 4, 5, 5]
     inks = [{image.numpy().tobytes() for image in ink} for ink, _ in sources]
     columns = [{col.numpy().tobytes() for col in photo.unbind(3)} for _, photo in sources]
     train, val, test = range(0, 2), range(2, 4), range(4, 6)  # pretraining, segmentation
@@ -241,7 +243,20 @@ def test_every_example_occurs_before_any_comes_again():
     examples = data.Examples(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10))
     drawn = [y for _, y in data.training_batches(examples, 4, 5, mirror=False)]
     assert [len(y) for y in drawn] == [4] * 5
+    assert torch.cat(drawn)[:10].tolist() != torch.cat(drawn)[10:].tolist() != list(range(10))
     assert sorted(torch.cat(drawn)[:10].tolist()) == list(range(10))
+
+
+def test_training_batches_are_augmented_and_in_the_unit_interval():
+    x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    examples = data.Examples(x, torch.arange(6))
+    drawn, y = next(data.training_batches(examples, 6, 1, mirror=False))
+    plain, same = next(data.batches(examples, 6))
+    assert drawn.min() >= 0 and 0.9 < drawn.max() <= 1 and torch.equal(plain, x.float() / 255)
+    assert all(
+        not torch.equal(image, plain[number]) for image, number in zip(drawn, y, strict=True)
+    )
+    assert torch.equal(same, examples.y)
 
 
 # --- photographs ------------------------------------------------------------------------------
@@ -582,6 +597,8 @@ def test_the_headline_is_computed_again_from_weights_and_data(task, plain):
         unet.load_state_dict(plain["weights"][stage])
         with torch.no_grad():
             guess = unet.eval()(x.float() / 255).argmax(1)
+            loss = dice_and_cross_entropy(unet(x.float() / 255).double(), y.long()).item()
+        assert plain["metrics"][stage]["test_loss"] == pytest.approx(loss, rel=1e-5)
         seen = sorted(set(y.unique().tolist()) | set(guess.unique().tolist()))
         iou = jaccard_score(y.flatten(), guess.flatten(), average=None, labels=seen)
         wanted[f"{stage}_miou"] = float(np.mean(iou))
@@ -591,6 +608,17 @@ def test_the_headline_is_computed_again_from_weights_and_data(task, plain):
         assert [own["test_iou_per_class"][name] for name in names] == pytest.approx(iou.tolist())
     assert plain["headline"] == pytest.approx(wanted)
     assert plain["metrics"]["masks"] == {"train": 8, "val": 32, "test": 32}
+
+
+def test_each_number_of_the_headline_is_its_methods():
+    metrics = {"classification": {"test_accuracy": 0.1}}
+    metrics |= {name: {"test_miou": 0.2 + n} for n, name in enumerate(SEGMENTED)}
+    assert train_py.headline(metrics) == {
+        "classification_accuracy": 0.1,
+        "stage1_miou": 0.2,
+        "transfer_miou": 1.2,
+        "scratch_miou": 2.2,
+    }
 
 
 def test_budgets_are_equal_compute(plain):
@@ -805,7 +833,8 @@ def test_evaluation_is_over_all_images_in_evaluation_mode(task):
     )
     classifier = torch.nn.Identity()
     classifier.forward = lambda x: torch.stack((torch.zeros(len(x)), x[:, 0, 0, 0] - 6.5 / 255), 1)
-    numbers = train_py.evaluate_classes(classifier, few, 4)
+    numbers = train_py.evaluate_classes(classifier.train(), few, 4)
+    assert not classifier.training
     assert numbers["accuracy"] == 0.6  # of 0 to 9: even below 6.5, odd above
     assert numbers["loss"] == pytest.approx(
         float(F.cross_entropy(classifier.forward(few.x.float() / 255).double(), few.y))
