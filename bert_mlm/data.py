@@ -62,7 +62,7 @@ def load(
     path, column, bad = SAMPLE, "content", []
     if dataset == "csv":
         path, column = find_csv(csv_file, data_dir), text_column
-    rows = read_csv(path, [column] + ["language"] * (language != "any"), bad)
+    rows = read_columns(path, [column] + ["language"] * (language != "any"), bad)
     rows = [row[0].strip() for row in rows if language in ("any", row[-1])]
     texts = without_duplicates([row for row in rows if row])
     texts = [text for text in (normalise(text, links, names) for text in texts) if text]
@@ -86,7 +86,7 @@ def find_csv(path: Path, data_dir: Path) -> Path:
     raise DataError(f"{path}: there is no such file, nor {data_dir / path.name}")
 
 
-def read_csv(path: Path, columns: list[str], bad: list[str]) -> Iterator[list[str]]:
+def read_columns(path: Path, columns: list[str], bad: list[str]) -> Iterator[list[str]]:
     """The cells of these columns as text, row by row; a row with more cells than the header, whose
     commas are no separators, is left out and named in `bad`.
 

@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError, normalise, quiet, read_csv, read_lines
+from data import DataError, normalise, quiet, read_columns, read_lines
 from model import best_words, fill, log_likelihoods
 from plots import plot_fillings, plot_surprise
 from run import run_main, shorten, start_predict, try_plot
@@ -67,7 +67,7 @@ def read_inputs(inputs: list[str], text_column: str, bad: list[str]) -> Iterator
         if given == "-":
             yield from (line.rstrip("\n") for line in sys.stdin)
         elif path and path.suffix.lower() == ".csv":
-            yield from (row[0] for row in read_csv(path, [text_column], bad))
+            yield from (row[0] for row in read_columns(path, [text_column], bad))
         elif path and (path.suffix.lower() == ".txt" or path.is_file()):
             yield from read_lines(path)
         else:
@@ -162,7 +162,7 @@ class SortedTable:
         return rows
 
 
-def one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
     return shorten(" ".join(text.split()))
 
 
@@ -170,9 +170,9 @@ def report(gaps: list[dict], surprise: list[dict], bad: list[str], folder: Path)
     for row in gaps:
         for words in row["best"]:
             best = ", ".join(f"{word} {prob:.0%}" for word, prob in words)
-            print(f"{one_line(row['text'])}: {best}")
+            print(f"{in_one_line(row['text'])}: {best}")
     for row in surprise:
-        print(f"{float(row['per_piece']):8.3f} per piece  {one_line(row['text'])}")
+        print(f"{float(row['per_piece']):8.3f} per piece  {in_one_line(row['text'])}")
     if bad:
         print(f"{len(bad)} texts left out, the first: {bad[0]}")
     if gaps:

@@ -176,7 +176,7 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_lines_of_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of its line and the texts of each row, as they are read; the header first.
 
     Columns are separated as those of the header, by commas, semicolons or tabs. Raises DataError.
@@ -203,7 +203,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def read_header(path: Path) -> list[str]:
     """The columns' names. Raises DataError if one stands twice."""
-    _, row = next(read_rows(path), (0, []))
+    _, row = next(read_lines_of_csv(path), (0, []))
     header = [nfc(name) for name in row]
     if not any(header):
         raise DataError(f"{path}: expected a header and rows below it")
@@ -225,7 +225,7 @@ def read_numbers(
         raise DataError(f"{path}: there is no column '{absent[0]}'; there are {show(header)}")
     places = [header.index(name) for name in columns]
     extra = header.index(also) if also is not None else None
-    rows = read_rows(path)
+    rows = read_lines_of_csv(path)
     next(rows)
     for line, row in rows:
         try:
@@ -241,7 +241,7 @@ def why_not_numbers(path: Path, names: list[str]) -> dict[str, str]:
     for name in names:
         if not name or re.fullmatch(r"Unnamed: \d+", name):
             reasons[name] = "left out, as it has no name"
-    rows = read_rows(path)
+    rows = read_lines_of_csv(path)
     next(rows)
     for line, row in rows:
         for name in names:

@@ -147,14 +147,14 @@ def load_table(config: Config) -> Table:
         seed=config.seed,
     )
     for count in (config.label_count, *(config.label_counts if config.compare else ())):
-        rows = len(draw_split(table, config, count, 0).x)
+        rows = len(sample_split(table, config, count, 0).x)
         if (config.clusters or len(table.classes)) > rows:
             raise DataError(f"clusters: {table.name} has only {rows} rows to train on")
     print(table.note)
     return table
 
 
-def draw_split(
+def sample_split(
     table: Table, config: Config, label_count: int, number: int, device: torch.device | str = "cpu"
 ) -> Split:
     """Split `number`: the same rows are trained on whatever the number of labels."""
@@ -184,7 +184,7 @@ def make_model(config: Config, table: Table, *, number: int, **changes) -> Clust
 
 def cluster(table: Table, config: Config, run: Path, device: torch.device) -> Clustered:
     """The clustering of split 0 with `label_count` labels; its iterations are in history.csv."""
-    part = draw_split(table, config, config.label_count, 0, device)
+    part = sample_split(table, config, config.label_count, 0, device)
     model, seconds = make_model(config, table, number=0), []
     for _ in range(5):
         began = time.perf_counter()
@@ -255,7 +255,7 @@ def compare(table: Table, config: Config, run: Path, device: torch.device) -> di
         number = row["epoch"] - 1
         free = unlabelled_arms(table, config, device, number)
         for count in config.label_counts:
-            part = draw_split(table, config, count, number, device)
+            part = sample_split(table, config, count, number, device)
             for name, value in try_methods(part, free, config, table, number).items():
                 row[f"{count}_{name}"] = value
     rows = read_rows(run, "splits")
@@ -286,7 +286,7 @@ def unlabelled_arms(
     table: Table, config: Config, device: torch.device, number: int
 ) -> dict[str, ClusterThenLabel]:
     """k-means that has seen no label, for each number of clusters: the same whatever the labels."""
-    part = draw_split(table, config, config.label_counts[0], number, device)
+    part = sample_split(table, config, config.label_counts[0], number, device)
     models = {}
     for clusters in cluster_counts(table, config, len(part.x)):
         options = {"n_clusters": clusters, "alpha": 0.0, "init": "k-means++"}
@@ -428,7 +428,7 @@ def by_alpha(table: Table, config: Config, run: Path, device: torch.device) -> d
         row["labels"], row["alpha"] = pairs[row["epoch"] - 1]
         scores = []
         for number in range(config.splits):
-            part = draw_split(table, config, row["labels"], number, device)
+            part = sample_split(table, config, row["labels"], number, device)
             scores.append(fit_and_score(part, config, table, number, alpha=row["alpha"]))
         for name in ("accuracy", "impurity"):
             numbers = spread([each[name] for each in scores])

@@ -746,7 +746,7 @@ def ends(row: dict, *endings: str) -> set[str]:
 )
 def test_what_moves_what(program, config, disturbed, may_move, has_to_move):
     table = program.load_table(config)
-    part = program.draw_split(table, config, 10, 0)
+    part = program.sample_split(table, config, 10, 0)
     before = scores_of(program, config, table, part)
     hidden, order = (part.given < 0).nonzero()[:, 0], torch.Generator().manual_seed(1)
     shuffle = torch.randperm(len(hidden), generator=order)
@@ -763,7 +763,7 @@ def test_what_moves_what(program, config, disturbed, may_move, has_to_move):
         else:
             x[test] = table.x[turned] + 3
         table = table._replace(x=x, y=y)
-        part = program.draw_split(table, config, 10, 0)
+        part = program.sample_split(table, config, 10, 0)
         assert torch.equal(part.rows_test, test)
     elif disturbed == "given classes":
         labelled = (part.given >= 0).nonzero()[:, 0]
@@ -803,7 +803,7 @@ def long_clusters(seed: int, corners: bool = False):
 
 
 def tiny_part(program, config, table, labels=10, number=0):
-    return program.draw_split(table, config, labels, number)
+    return program.sample_split(table, config, labels, number)
 
 
 def test_known_answers_of_the_arms(program, config):
@@ -1247,9 +1247,9 @@ def test_settings_reach_the_model(program, config):
     assert program.cluster_counts(table, changed, 100) == [3, 4, 6]
     assert program.cluster_counts(table, changed, 5) == [3, 4]
     assert program.ours_of(changed, table) == "ours4"
-    first, second = (program.draw_split(table, config, 10, number) for number in (0, 1))
-    other = program.draw_split(table, replace(config, seed=1), 10, 0)
+    first, second = (program.sample_split(table, config, 10, number) for number in (0, 1))
+    other = program.sample_split(table, replace(config, seed=1), 10, 0)
     assert not torch.equal(first.rows, second.rows)
     assert not torch.equal(first.rows, other.rows)
-    unscaled = program.draw_split(table, replace(config, scale=False), 10, 0)
+    unscaled = program.sample_split(table, replace(config, scale=False), 10, 0)
     assert unscaled.x.std(0, correction=0).max() > 1.5
