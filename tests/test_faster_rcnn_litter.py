@@ -611,7 +611,7 @@ def test_test_txt_fixes_the_test_set_and_its_scenes_leave_training(tmp_path):
 
 def test_a_line_of_test_txt_may_lack_the_suffix_or_be_a_folder(tmp_path):
     folder = write_folder(tmp_path / "forest")
-    (folder / "test.txt").write_text("litter\\\\02\n03\nclean/\nlitt\n")
+    (folder / "test.txt").write_text("litter\\02\n03\nclean/\nlitt\n")
     found = load(folder)
     clean = [f"clean/clean{number}.png" for number in range(8)]
     assert sorted(found.test.names) == [*clean, "litter/02.png", "litter/03.png"]
