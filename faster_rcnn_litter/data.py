@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import unicodedata
@@ -32,6 +33,7 @@ CORNERS = ("xtl", "ytl", "xbr", "ybr")
 SHARES = (0.7, 0.15, 0.15)
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 ALIKE = 5  # of the 64 bits of two pictures' hashes may differ if they show one scene
+PATIENCE = 20.0  # seconds that scene_pattern may need for all names
 SMALLEST = 2.0  # pixels, as the network sees them; what is left of a thinner box is dropped
 LONGEST = 1333 / 800  # longer side over image_size at most, as torchvision has it
 TURNED_BACK = {  # by EXIF orientation: what undoes exif_transpose
@@ -360,7 +362,8 @@ def load_folder(
     splits = [Pictures(*([part[i] for i in one] for part in columns), []) for one in lists]
     for name, one in zip(SPLITS, splits, strict=True):
         if not any(len(y["boxes"]) for y in one.y):
-            raise DataError(f"{folder}: no photograph of the split '{name}' has a box")
+            few = "photographs of at least 3 scenes with litter are needed"
+            raise DataError(f"{folder}: no photograph of the split '{name}' has a box; {few}")
     return Data(folder.resolve().name, classes, *splits, "; ".join(remarks))
 
 
@@ -369,18 +372,24 @@ def name_of(path: Path, folder: Path) -> str:
 
 
 def fixed_test_names(path: Path, names: list[str]) -> tuple[set[str], list[str]]:
-    """The photographs that the lines of test.txt name, with or without their folders; the lines
-    that match none.
+    """The photographs that the lines of test.txt name, with or without their folders and suffix;
+    the lines that match none. A line may be a folder, too.
     """
     if not path.is_file():
         return set(), []
     lines = [unicodedata.normalize("NFC", line.strip()) for line in read_text(path).splitlines()]
     lines = [line.removeprefix("./") for line in lines if line]
-    known = {line: [n for n in names if n == line or n.endswith(f"/{line}")] for line in lines}
+    lines = [line.replace("\\", "/").rstrip("/") for line in lines]
+    known = {line: [name for name in names if means(line, name)] for line in lines}
     fixed = {name for matches in known.values() for name in matches}
     if lines and not fixed:
         raise DataError(f"{path}: no photograph is named as in its lines, the first: {lines[0]}")
     return fixed, [line for line, matches in known.items() if not matches]
+
+
+def means(line: str, name: str) -> bool:
+    ends = (f"/{name}", f"/{name.rpartition('.')[0]}")
+    return name.startswith(f"{line}/") or any(end.endswith(f"/{line}") for end in ends)
 
 
 def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
@@ -394,7 +403,7 @@ def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
             continue
         try:
             own = read_coco(path) if path.suffix.lower() == ".json" else read_cvat(path)
-        except (ElementTree.ParseError, json.JSONDecodeError, RecursionError) as error:
+        except ElementTree.ParseError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: expected another form: {error!r}") from error
@@ -440,10 +449,14 @@ def enclosing(corners: list[float], degrees: float) -> list[float]:
 
 def read_coco(path: Path) -> list[Annotated] | None:
     """COCO json: "images", "annotations" with "bbox" as x y width height, "categories"; what is
-    "iscrowd" is ignored. None if it is another json.
+    "iscrowd" is ignored. None if it is another json, or none at all.
     """
-    content = json.loads(read_text(path))
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+    try:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    parts = {"images", "annotations", "categories"}
+    if not isinstance(content, dict) or not parts <= content.keys():
         return None
     labels = {kind["id"]: kind["name"] for kind in content["categories"]}
     boxes = {image["id"]: [] for image in content["images"]}
@@ -461,7 +474,7 @@ def read_coco(path: Path) -> list[Annotated] | None:
 def locate(folder: Path, found: list[Annotated]) -> tuple[list[tuple[Path, Annotated]], list[str]]:
     """The photographs that are annotated or lie in a clean/, and the names of those not there.
 
-    Raises DataError if none is there or one is annotated twice.
+    Raises DataError if none is there, one is annotated twice, or two bear the name.
     """
     paths = [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
     by_name = {}
@@ -473,9 +486,12 @@ def locate(folder: Path, found: list[Annotated]) -> tuple[list[tuple[Path, Annot
         there = by_name.get(Path(name).name, [])
         # beside or below the file, else anywhere: CVAT has annotations/ beside images/
         near = [path for path in there if path.is_relative_to(one.source.parent)] or there
-        exact = [path for path in near if name_of(path, folder).endswith("/" + name)] or near
+        exact = [path for path in near if f"/{name_of(path, folder)}".endswith(f"/{name}")] or near
         if not exact:
             missing.append(one.name)
+        elif len(exact) > 1:
+            both = " or ".join(name_of(path, folder) for path in exact[:2])
+            raise DataError(f"{one.source}: image '{one.name}' may be {both}")
         elif exact[0] in items:
             raise DataError(f"{one.source}: image '{one.name}' is annotated twice")
         else:
@@ -571,13 +587,13 @@ def split(
     scenes = scenes_of(names, x, pattern)
     test = {scene for scene, name in zip(scenes, names, strict=True) if name in fixed}
     littered = {scene for scene, one in zip(scenes, y, strict=True) if len(one["boxes"])}
-    shares = (0.85, 0.15) if fixed else SHARES[:2]
+    shares = (0.85, 0.15) if fixed else SHARES
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [scene for scene in dict.fromkeys(scenes[i] for i in order) if scene not in test]
     side = dict.fromkeys(test, "test")
     for kind in (True, False):
         mine = [scene for scene in shuffled if (scene in littered) == kind]
-        ends = [round(share * len(mine)) for share in np.cumsum(shares)]
+        ends = split_ends(len(mine), shares)
         for place, scene in enumerate(mine):
             side[scene] = SPLITS[sum(place >= end for end in ends)]
     parts, dropped = {name: [] for name in SPLITS}, 0
@@ -589,13 +605,22 @@ def split(
     return list(parts.values()), dropped
 
 
+def split_ends(count: int, shares: tuple[float, ...]) -> list[int]:
+    """Where the parts of `count` scenes end, but the last; none is empty if there are enough."""
+    ends, last = [], len(shares) - 1
+    for place, share in enumerate(np.cumsum(shares)[:-1]):
+        most = count - (last - place) if count > last else count
+        ends.append(min(round(float(share) * count), most))
+    return ends
+
+
 def scenes_of(names: list[str], x: list[Tensor], pattern: str) -> list[int]:
     """A number for each picture's scene. Two pictures show one scene if they look alike, or if the
     regular expression `pattern` finds the same text in their names; so do the pictures between.
     """
     bits = np.stack([difference_hash(picture) for picture in x]).astype(np.int32)
     same = bits @ bits.T + (1 - bits) @ (1 - bits).T >= 64 - ALIKE
-    found = [re.search(pattern, name.rsplit("/")[-1]) if pattern else None for name in names]
+    found = search_names(pattern, names)
     texts = np.array([match[0] if match else f"/{i}" for i, match in enumerate(found)])
     same |= texts[:, None] == texts[None]
     scenes = np.arange(len(names))
@@ -604,6 +629,26 @@ def scenes_of(names: list[str], x: list[Tensor], pattern: str) -> list[int]:
         if (spread == scenes).all():
             return scenes.tolist()
         scenes = spread
+
+
+def search_names(pattern: str, names: list[str]) -> list[re.Match | None]:
+    """What the pattern finds in each file's own name. Raises DataError if it needs too long."""
+    if not pattern:
+        return [None] * len(names)
+    limited = hasattr(signal, "setitimer")  # Windows has none
+
+    def give_up(*_: object) -> None:
+        raise DataError("scene_pattern: the regular expression needs too long; make it simpler")
+
+    before = signal.signal(signal.SIGALRM, give_up) if limited else None
+    try:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        return [re.search(pattern, name.rsplit("/")[-1]) for name in names]
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def difference_hash(x: Tensor) -> np.ndarray:

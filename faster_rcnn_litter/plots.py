@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
+plt.rcParams["text.parse_math"] = False  # a folder's name may have a $
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 MISSED, HIT, WRONG = "#ffd21f", "#39ff5a", "#ff3b3b"  # on brown, green and grey ground alike

@@ -10,6 +10,7 @@ Run it with `python faster_rcnn_litter/train.py`, or `python faster_rcnn_litter/
 import copy
 import math
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def main() -> None:
         dataset=data.name,
         headline=headline(metrics),
         metrics=metrics,
-        use=f"python faster_rcnn_litter/predict.py {run} PHOTOGRAPH...",
+        use=f"python faster_rcnn_litter/predict.py {shlex.quote(str(run))} PHOTOGRAPH...",
     )
 
 

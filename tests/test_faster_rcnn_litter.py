@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -606,6 +607,53 @@ def test_test_txt_fixes_the_test_set_and_its_scenes_leave_training(tmp_path):
     (folder / "test.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(data.DataError, match=r"test.txt: expected a text in UTF-8"):
         load(folder)
+
+
+def test_a_line_of_test_txt_may_lack_the_suffix_or_be_a_folder(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    (folder / "test.txt").write_text("litter\\02\n03\nclean/\nlitt\n")
+    found = load(folder)
+    clean = [f"clean/clean{number}.png" for number in range(8)]
+    assert sorted(found.test.names) == [*clean, "litter/02.png", "litter/03.png"]
+    assert "test.txt names 1 that are not there, as 'litt'" in found.note
+
+
+def test_two_photographs_of_one_name_are_named(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    write_photo(folder / "litter" / "more" / "05.png", 200)
+    both = r"image '05\.png' may be litter/05\.png or litter/more/05\.png"
+    with pytest.raises(data.DataError, match=both):
+        load(folder)
+    path = folder / "litter" / "annotations.xml"
+    text = path.read_text().replace('name="', 'name="litter/')
+    (folder / "annotations.xml").write_text(text)  # seen from there the paths differ
+    path.unlink()
+    assert "litter/05.png" in {name for part in load(folder)[2:5] for name in part.names}
+
+
+def test_a_pattern_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    with pytest.raises(data.DataError, match="scene_pattern: the regular expression needs too"):
+        data.search_names("(a+)+$", ["a" * 60 + "b"])
+    assert data.search_names("a+", ["x/baab"])[0][0] == "aa"
+
+
+@pytest.mark.parametrize("count", range(3, 30))
+def test_no_split_is_left_without_a_scene(count):
+    ends = [0, *data.split_ends(count, data.SHARES), count]
+    assert all(a < b for a, b in itertools.pairwise(ends))
+    assert abs(ends[1] - 0.7 * count) <= 1.1
+    assert len(data.split_ends(count, (0.85, 0.15))) == 1
+
+
+def test_json_files_of_another_kind_do_not_hinder(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    (folder / "metrics.json").write_text("{}")
+    (folder / "broken.json").write_text("{")
+    (folder / "captions.json").write_text('{"images": [], "annotations": []}')
+    found = load(folder)
+    assert "3 files are no annotations, as broken.json" in found.note
+    assert len(all_of(found)) == 28
 
 
 def test_a_turned_box_of_cvat_is_enclosed(tmp_path):
