@@ -956,7 +956,8 @@ def test_the_network_exports(start):
     assert torch.allclose(exported(**inputs).logits, net(**inputs).logits, atol=1e-6)
 
 
-def test_only_the_method_with_two_seeds(tmp_path):
+def test_only_the_method_with_two_seeds(tmp_path, run_folder):
+    assert (run_folder / "pretrain.pt").exists()  # the small BERT is kept from here on
     flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path]
     folder = train("bert_mlm", *flags)
     numbers = numbers_of(folder)
