@@ -1158,3 +1158,16 @@ def test_the_best_epoch_of_the_average_is_what_is_tested(tmp_path, monkeypatch):
     for name, part in test.items():
         assert torch.equal(part, validated[1][name]) and torch.equal(part, val[name])
     assert any(not torch.equal(part, validated[2][name]) for name, part in test.items())
+
+
+def test_the_networks_of_both_stages_export():
+    """Not the whole detector: how many boxes it finds depends on the picture."""
+    model = small().eval()
+    x = torch.rand(1, 3, 96, 96)
+    features = model.backbone(x)
+    exported = torch.export.export(model.backbone, (x,)).module()(x)
+    assert all(torch.allclose(exported[name], part, atol=1e-5) for name, part in features.items())
+    regions = torch.rand(5, 64, 7, 7)
+    head = nn.Sequential(model.roi_heads.box_head, model.roi_heads.box_predictor)
+    again = torch.export.export(head, (regions,)).module()(regions)
+    assert all(map(torch.allclose, again, head(regions)))
