@@ -28,6 +28,7 @@ from faster_rcnn_litter.model import (
     at_confidence,
     coco_metrics,
     count,
+    cut_off,
     detect,
     false_positives_on,
     fit_anchors,
@@ -337,11 +338,12 @@ def test_tiles_cover_the_picture_overlap_and_are_joined():
                 seen[top:bottom, left:right] += 1
             assert len(corners) == tiles**2 and seen.min() >= 1
             assert tiles == 1 or seen.max() >= 2
-    parts = [
-        prediction([[0, 0, 10, 10]], [0.5]),
-        prediction([[0, 0, 10, 9], [40, 40, 50, 50]], [0.9, 0.2]),
-    ]
-    assert join_tiles(parts)["scores"].tolist() == pytest.approx([0.9, 0.2])
+    one = prediction([[0, 0, 10, 10], [80, 0, 90, 20]], [0.5, 0.95])
+    other = prediction([[0, 0, 10, 9], [40, 40, 50, 50], [80, 0, 110, 20]], [0.9, 0.2, 0.3])
+    cuts = [cut_off(part["boxes"], (0, 0, 90, 60), (300, 60)) for part in (one, other)]
+    assert [cut.tolist() for cut in cuts] == [[False, True], [False, False, False]]
+    parts = [part | {"cut": cut} for part, cut in zip((one, other), cuts, strict=True)]
+    assert join_tiles(parts)["scores"].tolist() == pytest.approx([0.9, 0.3, 0.2])
 
 
 def test_a_box_is_found_once_and_by_a_prediction_of_its_class():
