@@ -1173,3 +1173,19 @@ def test_the_networks_of_both_stages_export():
     head = nn.Sequential(model.roi_heads.box_head, model.roi_heads.box_predictor)
     again = torch.export.export(head, (regions,)).module()(regions)
     assert all(map(torch.allclose, again, head(regions)))
+
+
+def test_each_split_has_its_own_place_in_the_metrics(tmp_path, monkeypatch):
+    train_py = load_project(PROJECT).train
+    evaluate, calls = train_py.evaluate, []
+
+    def marked(model: nn.Module, pictures: data.Pictures, *args: object, **options: object):
+        result = evaluate(model, pictures, *args, **options)
+        calls.append(pictures.names[0].split()[0])
+        return result._replace(metrics=result.metrics | {"ap50": 0.01 * len(calls)})
+
+    monkeypatch.setattr(train_py, "evaluate", marked)
+    metrics = metrics_of(train(PROJECT, *TINY, "--epochs", 1, "--out_dir", tmp_path))
+    assert calls == ["test", "val", "val", "test"]  # before, the epoch's, and at the end both
+    found = [metrics[name]["ap50"] for name in ("before", "val", "test")]
+    assert found == [0.01, 0.03, 0.04] and metrics["ap50"] == 0.04
