@@ -286,6 +286,8 @@ def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], path: Path) -> 
         for panel, (text, picture) in zip(row, shown, strict=False):
             panel.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap="gray")
             panel.set_title(plain_text(text), fontsize=8)
+        for panel in row[len(shown) :]:
+            panel.axis("off")
         row[0].set_ylabel(name, fontsize=9)
     figure.suptitle("your pictures, by the entropy of what is predicted")
     figure.savefig(path, dpi=150)
