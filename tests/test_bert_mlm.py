@@ -422,7 +422,7 @@ def test_bad_csv_files_are_named(tmp_path, header, lines, changes, complaint):
         load(path, **changes)
 
 
-def test_a_csv_that_is_no_text_or_not_there_is_named(tmp_path):
+def test_a_csv_that_is_no_text_or_not_there_is_named(tmp_path, short_fields):
     (tmp_path / "w.csv").write_bytes("content,language\nschön,en\n".encode("cp1252"))
     with pytest.raises(data.DataError, match=r"w.csv: not a csv in UTF-8, after line"):
         load(tmp_path / "w.csv")

@@ -1,7 +1,6 @@
 """unet_transfer: what ports get wrong, bad data, and a run that is killed in each of its stages."""
 
 import copy
-import csv
 import json
 import math
 import os
@@ -348,15 +347,10 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
     Image.fromarray(mask).save(folder / "masks" / "03.png")
 
 
-def long_field(path: Path) -> None:
-    csv.field_size_limit(131_072)  # the default: other projects of this process raise it
-    path.write_text("file,class\n" + "x" * 200_000)
-
-
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda f: long_field(f / "classes.csv"), "not a csv"),
+        (lambda f: (f / "classes.csv").write_text("file,class\n" + "x" * 200_000), "not a csv"),
         (lambda f: (f / "classes.csv").write_bytes(b"file,class\n\xe9,a\n"), "text in UTF-8"),
         (lambda f: (f / "segments.txt").write_text("a\nb\nc\nd\n"), "'d' .index 3. is in no train"),
         (lambda f: (f / "classes.csv").unlink(), "classes.csv: there is no such file"),
@@ -374,7 +368,7 @@ def long_field(path: Path) -> None:
         ),
     ],
 )
-def test_bad_data_is_named(tmp_path, spoil, complaint):
+def test_bad_data_is_named(tmp_path, short_fields, spoil, complaint):
     folder = write_folder(tmp_path / "mine")
     spoil(folder)
     with pytest.raises(data.DataError, match=complaint):
