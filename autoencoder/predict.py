@@ -9,6 +9,8 @@ import argparse
 import csv
 from pathlib import Path
 
+from run import run_main, seed_everything, start_predict
+
 import numpy as np
 import torch
 from PIL import Image
@@ -18,7 +20,6 @@ from tqdm import tqdm
 from data import SIZE, DataError, open_picture, picture_batches, scaled, shrink
 from model import Autoencoder, CodeNeighbours, Pca, decode_bytes, image_errors, path_between
 from plots import plot_lines
-from run import run_main, seed_everything, start_predict
 
 BATCH = 256
 SHOWN = 12  # pictures in a line

@@ -15,6 +15,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Literal
 
+from run import (
+    Batch,
+    Count,
+    Epochs,
+    Rate,
+    Seed,
+    Share,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,25 +77,6 @@ from plots import (
     plot_noise,
     plot_probes,
     plot_reconstructions,
-)
-from run import (
-    Batch,
-    Count,
-    Epochs,
-    Rate,
-    Seed,
-    Share,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
 )
 
 STARTS = ("random", "plain", "masked")  # of a classifier's encoder

@@ -16,6 +16,8 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+from run import run_main, shorten, start_predict, try_plot
+
 import numpy as np
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +25,6 @@ from tqdm import tqdm
 from data import DataError, normalise, quiet, read_columns, read_lines
 from model import best_words, fill, log_likelihoods
 from plots import plot_fillings, plot_surprise
-from run import run_main, shorten, start_predict, try_plot
 
 SHOWN = 8  # texts on the terminal and in each picture
 COLUMNS = ("text", "gap", *(f"{name}_{n}" for n in range(1, 6) for name in ("word", "probability")))

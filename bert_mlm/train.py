@@ -23,6 +23,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -60,25 +80,6 @@ from model import (
     word_pieces,
 )
 from plots import plot_accuracy, plot_curves, plot_gaps
-from run import (
-    Batch,
-    Count,
-    Decay,
-    Epochs,
-    Rate,
-    Seed,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
-)
 
 FIRST_STEPS = 10  # from which the time is estimated
 MOST_MASKS = 100

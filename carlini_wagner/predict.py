@@ -11,12 +11,13 @@ import argparse
 import csv
 from pathlib import Path
 
+from run import run_main, start_predict, try_plot, user_path
+
 from torch import Tensor, nn
 
 from data import DataError, crop_centre, crops, open_picture
 from model import build_network, distance, look, margin
 from plots import plot_seen
-from run import run_main, start_predict, try_plot, user_path
 
 BATCH = 32  # pictures in memory at a time
 SHOWN = 6  # pictures on the terminal and in seen.png

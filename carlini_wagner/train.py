@@ -15,6 +15,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Batch,
+    Count,
+    Epochs,
+    Pixels,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,24 +69,6 @@ from model import (
     round_off,
 )
 from plots import plot_bound, plot_example, plot_matrix, plot_queries, plot_search
-from run import (
-    Batch,
-    Count,
-    Epochs,
-    Pixels,
-    Rate,
-    Seed,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
-)
 
 DIGITS = [str(digit) for digit in range(10)]
 Number = Annotated[float, ">= -10", "<= 10"]

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from run import run_main, start_predict, try_plot
+
 import numpy as np
 import torch
 
 from data import DataError, picture_batches, thumbnails
 from model import TwoHeads, in_plane, make_trunk, nearest, trunk_width
 from plots import plot_new_points, plot_retrieval
-from run import run_main, start_predict, try_plot
 
 BATCH = 64  # pictures at a time in memory
 SHOWN = 8  # pictures that are kept for retrieval.png and map.png

@@ -29,16 +29,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-import numpy as np
-import torch
-import yaml
-
 try:
     import fcntl
 except ImportError:  # Windows has no flock: there, nobody watches that a run is resumed once
     fcntl = None
 
 PROJECT = Path(__file__).resolve().parent
+
+
+def end_on_ctrl_c(run: Path | None = None) -> None:
+    """From here on Ctrl-C ends the program in one line that says how to go on, status 130."""
+
+    def end(*_: Any) -> None:
+        again = f"; to go on: python {shlex.join([sys.argv[0], '--resume', str(run)])}"
+        begun = run and (run / "history.pt").exists()
+        print(f"\ninterrupted{again if begun else ''}", file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, end)
+
+
+if Path(sys.argv[0]).resolve().parent == PROJECT:  # started as a program, which imports this first
+    end_on_ctrl_c()
+
+import numpy as np
+import torch
+import yaml
+
 STARTED = time.perf_counter()
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 HEADER: dict[str, Any] = {}  # of the checkpoints of the run in progress: what it must not mix with
@@ -78,13 +95,13 @@ def start_run(
     `settings` is a dataclass of names, types and bounds, among them `out_dir` and `device`. Each
     field is a key of config.yaml and a flag. Flags win over --config's file, which may hold any
     part of the keys, and that over config.yaml. A mistake ends the program in one line, status 2.
-    The folder is there only with --resume; else open_run makes it.
+    The folder is there only with --resume; else open_run makes it. --list shows the runs, and ends.
     """
     kinds = get_type_hints(settings, include_extras=True)
     parser = make_parser(kinds, description)
     given, unknown = parser.parse_known_args(argv)
     flags = {name: text for name, text in vars(given).items() if text is not None}
-    resume = flags.pop("resume", None)
+    resume, show_list = flags.pop("resume", None), flags.pop("list")
     try:
         if unknown:
             name = unknown[0].split("=")[0]
@@ -96,8 +113,11 @@ def start_run(
             check_resumable(resume)
         path = resume / "config.yaml" if resume else flags.pop("config", None)
         config = read_config(settings, kinds, path, flags)
+        if show_list:
+            print(table_of_runs(config.out_dir))
+            sys.exit()
         run = resume or new_folder(config.out_dir)
-    except (OSError, ValueError, RunError) as error:
+    except (OSError, ValueError, RunError, yaml.YAMLError) as error:
         parser.error(one_line(error))
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
@@ -107,12 +127,12 @@ def start_run(
 
 
 def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentParser:
-    """--config, --resume, and a flag for each key, with the key's comment as its help."""
+    """--config, --resume, --list, and a flag for each key, with the key's comment as its help."""
     text = (PROJECT / "config.yaml").read_text(encoding="utf-8-sig", errors="replace")
     comments = dict(re.findall(r"^(\w+):.*?\s#\s*(.+)$", text.replace("%", "%%"), re.MULTILINE))
     parser = argparse.ArgumentParser(
         description=description,
-        usage="%(prog)s [--config FILE | --resume RUN] [--KEY VALUE ...]",
+        usage="%(prog)s [--config FILE | --resume RUN | --list] [--KEY VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -120,6 +140,7 @@ def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentPar
     about = "settings that differ from config.yaml"
     parser.add_argument("--config", metavar="FILE", type=user_path, help=about)
     parser.add_argument("--resume", metavar="RUN", type=user_path, help="folder of a run to finish")
+    parser.add_argument("--list", action="store_true", help="show the runs in out_dir, and end")
     for name in kinds:
         parser.add_argument(f"--{name}", metavar="VALUE", help=comments.get(name))
     return parser
@@ -241,6 +262,32 @@ def new_folder(parent: Path) -> Path:
         number += 1
         path = path.with_name(f"{path.name.split('_n')[0]}_n{number}")
     return path
+
+
+def table_of_runs(parent: Path) -> str:
+    """A line for each run below `parent`: the settings that differ, the headline, the seconds.
+
+    A run that has not ended has no headline.
+    """
+    settings, reports = {}, {}
+    for path in sorted(parent.glob("*/config.yaml")):
+        settings[path.parent.name] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        report = path.with_name("metrics.json")
+        text = report.read_text(encoding="utf-8") if report.is_file() else '{"headline": {}}'
+        reports[path.parent.name] = json.loads(text)
+    if not settings:
+        return f"{parent}: no runs"
+    keys = dict.fromkeys(key for run in settings.values() for key in run)
+    keys = [key for key in keys if len({str(run.get(key)) for run in settings.values()}) > 1]
+    names = list(dict.fromkeys(name for run in reports.values() for name in run["headline"]))
+    rows = [["run", *keys, *names, "seconds"]]
+    for name, report in reports.items():
+        numbers = [report["headline"].get(key) for key in names] + [report.get("seconds")]
+        cells = ["-" if x is None else f"{x:.4g}" for x in numbers]
+        rows.append([name, *(str(settings[name].get(key, "-")) for key in keys), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([f"{parent}:", *lines])
 
 
 def check_resumable(run: Path) -> None:
@@ -409,17 +456,6 @@ def sizes() -> str:
     text = (PROJECT / "config.yaml").read_text(encoding="utf-8-sig", errors="replace")
     words = "batch|size|count|images|width|widths"
     return ", ".join(re.findall(rf"^((?:\w+_)?(?:{words})(?:_\w+)?):", text, re.MULTILINE))
-
-
-def end_on_ctrl_c(run: Path | None = None) -> None:
-    """From here on Ctrl-C ends the program in one line that says how to go on, status 130."""
-
-    def end(*_: Any) -> None:
-        again = f"; to go on: python {shlex.join([sys.argv[0], '--resume', str(run)])}"
-        print(f"\ninterrupted{again if run and run.exists() else ''}", file=sys.stderr)
-        sys.exit(130)
-
-    signal.signal(signal.SIGINT, end)
 
 
 # --- epochs -----------------------------------------------------------------------------------

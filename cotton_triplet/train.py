@@ -13,6 +13,25 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    read_torch,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,24 +75,6 @@ from plots import (
     plot_retrieval,
     plot_thumbnails,
     plot_triplets,
-)
-from run import (
-    Decay,
-    Epochs,
-    Rate,
-    Seed,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    read_torch,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
 )
 
 PARTS = ("train", "val", "test")

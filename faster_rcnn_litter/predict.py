@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from run import run_main, start_predict
+
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -20,7 +22,6 @@ from tqdm import tqdm
 
 from data import DataError, find_pictures, open_picture, read_photo, to_tensor
 from model import above, cut_off, detect, join_tiles, restore_detector, tile_corners
-from run import run_main, start_predict
 
 FOUND = "#39ff5a"
 HEADER = ("file", "class", "confidence", "x1", "y1", "x2", "y2")

@@ -17,6 +17,25 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    PROJECT,
+    Batch,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -58,24 +77,6 @@ from model import (
     working_confidence,
 )
 from plots import plot_curves, plot_detections, plot_f1, plot_mistakes, plot_precision_recall
-from run import (
-    PROJECT,
-    Batch,
-    Decay,
-    Epochs,
-    Rate,
-    Seed,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
-)
 from scenes import CONFOUNDERS, draw_split
 
 WORDS = ("coco", "none")  # what weights may be other than a file

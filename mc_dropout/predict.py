@@ -10,13 +10,14 @@ import argparse
 import csv
 from pathlib import Path
 
+from run import run_main, start_predict, try_plot
+
 import torch
 from torch import Tensor, nn
 
 from data import DataError, as_float, picture_batches
 from model import average_probs, entropy, make_cnn, mc_logits, mutual_information
 from plots import plot_extremes
-from run import run_main, start_predict, try_plot
 
 COLUMNS = ("file", "class", "probability", "entropy", "mutual_information")
 SHOWN = 8  # pictures of each kind

@@ -14,6 +14,27 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    Share,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,26 +66,6 @@ from plots import (
     plot_rotation,
     plot_study,
     plot_worth,
-)
-from run import (
-    Batch,
-    Count,
-    Decay,
-    Epochs,
-    Rate,
-    Seed,
-    Share,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
 )
 
 METHODS = ("random", "entropy", "margin", "coreset", "mc_entropy", "bald")

@@ -10,13 +10,14 @@ import argparse
 import csv
 from pathlib import Path
 
+from run import run_main, start_predict, try_plot
+
 import torch
 from torch import Tensor
 
 from data import DataError, picture_batches, testing_batches
 from model import MimoWideResNet, ensemble_log_probs, entropy, mutual_information
 from plots import plot_extremes
-from run import run_main, start_predict, try_plot
 
 COLUMNS = ("file", "class", "probability", "entropy", "mutual_information")
 SHOWN = 8  # pictures of each kind

@@ -15,6 +15,24 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Batch,
+    Decay,
+    Epochs,
+    Rate,
+    Seed,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -53,23 +71,6 @@ from plots import (
     plot_disagreement,
     plot_independence,
     plot_room,
-)
-from run import (
-    Batch,
-    Decay,
-    Epochs,
-    Rate,
-    Seed,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
 )
 
 CORRUPTED = [f"{kind} {level}" for kind, levels in SEVERITIES.items() for level in levels]

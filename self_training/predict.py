@@ -10,13 +10,14 @@ import csv
 from collections import Counter
 from pathlib import Path
 
+from run import run_main, start_predict, try_plot
+
 import torch
 from torch import Tensor, nn
 
 from data import DataError, batches, in_channels, left_out, picture_batches
 from model import SmallCNN, calibrated_probs
 from plots import plot_predictions
-from run import run_main, start_predict, try_plot
 
 SHOWN = 8  # pictures of each kind
 

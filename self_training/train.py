@@ -16,6 +16,26 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated, Literal, NamedTuple
 
+from run import (
+    Batch,
+    Count,
+    Decay,
+    Rate,
+    Width,
+    epochs,
+    finish_run,
+    open_run,
+    read_rows,
+    read_torch,
+    replace_file,
+    run_main,
+    save,
+    seed_everything,
+    start_run,
+    sum_losses,
+    try_plot,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,25 +74,6 @@ from model import (
     sklearn_accuracy,
 )
 from plots import plot_arms, plot_examples, plot_quality
-from run import (
-    Batch,
-    Count,
-    Decay,
-    Rate,
-    Width,
-    epochs,
-    finish_run,
-    open_run,
-    read_rows,
-    read_torch,
-    replace_file,
-    run_main,
-    save,
-    seed_everything,
-    start_run,
-    sum_losses,
-    try_plot,
-)
 
 METHODS = ("plain", "rounds", "every_step")
 Strength = Annotated[float, ">= 0", "<= 2"]

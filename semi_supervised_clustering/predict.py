@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from run import run_main, start_predict
+
 import torch
 from tqdm import tqdm
 
 from data import DataError, Scaling, find_tables, read_numbers
 from model import ClusterThenLabel
-from run import run_main, start_predict
 
 BATCH = 10_000  # rows
 COLUMNS = ("file", "row", "cluster", "class", "probability", "distance")

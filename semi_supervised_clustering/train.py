@@ -20,14 +20,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from data import DataError, Split, Table, load, split
-from model import ClusterThenLabel
-from plots import plot_alpha, plot_clusters, plot_label_counts, plot_objective
 from run import (
     Count,
     Seed,
@@ -43,6 +35,15 @@ from run import (
     start_run,
     try_plot,
 )
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import DataError, Split, Table, load, split
+from model import ClusterThenLabel
+from plots import plot_alpha, plot_clusters, plot_label_counts, plot_objective
 
 SCORES = ("accuracy", "test_accuracy", "ari", "nmi")
 CONSTRAINED = 1e6  # an alpha that mixes no classes

@@ -243,6 +243,23 @@ def test_the_folder_is_made_when_the_data_are_there_and_holds_the_resolved_setti
     assert run_py.read_config(Settings, kinds, run / "config.yaml", {}) == config
 
 
+def test_list_shows_what_differs_and_the_headline_of_each_run(project, capsys):
+    for rate, loss in (("0.1", 0.5), ("0.25", 0.125)):
+        config, run = begin("--lr", rate)
+        finish(config, run, loss=loss)
+    begin("--lr", "0.75")  # has not ended
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        settings("--list")
+    assert end.value.code is None
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert table[0] == ["run", "lr", "loss", "seconds"]
+    assert [row[1:3] for row in table[1:]] == [["0.1", "0.5"], ["0.25", "0.125"], ["0.75", "-"]]
+    with pytest.raises(SystemExit):
+        settings("--list", "--out_dir", project / "nothing")
+    assert "no runs" in capsys.readouterr().out
+
+
 def test_folders_of_one_moment_have_different_names(monkeypatch):
     frozen = SimpleNamespace(now=lambda: SimpleNamespace(strftime=lambda _: "still-000000"))
     monkeypatch.setattr(run_py, "datetime", frozen)
@@ -508,6 +525,18 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on_and_a_closed_pipe_quietl
     assert "out put" in again.stdout.splitlines()[-1]
     assert deaf.wait(60) == 141
     assert deaf.stderr.read() == ""
+
+
+@pytest.mark.parametrize("program", ["train.py", "predict.py"])
+def test_ctrl_c_while_torch_is_imported_ends_in_one_line(program):
+    for seconds in (0.3, 0.8):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "bert_mlm" / program)], stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(seconds)
+        process.send_signal(2)
+        assert process.stderr.read().strip() == "interrupted"
+        assert process.wait(60) == 130
 
 
 def test_a_run_killed_outright_goes_on(small_run, tmp_path):

@@ -8,6 +8,8 @@ import argparse
 import csv
 from pathlib import Path
 
+from run import run_main, start_predict
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,6 @@ from tqdm import tqdm
 from data import DataError, find_pictures, open_picture, shrink
 from model import UNet
 from plots import segment_colors
-from run import run_main, start_predict
 
 BAND = 128  # rows of a mask that are worked on at once
 

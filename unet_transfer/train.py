@@ -17,23 +17,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
-from data import IGNORE, DataError, Examples, Sizes, Task, batches, load, training_batches
-from model import (
-    Classifier,
-    LossSums,
-    UNet,
-    confusion_matrix,
-    loss_sums,
-    segmentation_loss,
-    segmentation_metrics,
-)
-from plots import plot_curves, plot_examples, plot_label_efficiency
 from run import (
     Batch,
     Count,
@@ -54,6 +37,24 @@ from run import (
     sum_losses,
     try_plot,
 )
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import IGNORE, DataError, Examples, Sizes, Task, batches, load, training_batches
+from model import (
+    Classifier,
+    LossSums,
+    UNet,
+    confusion_matrix,
+    loss_sums,
+    segmentation_loss,
+    segmentation_metrics,
+)
+from plots import plot_curves, plot_examples, plot_label_efficiency
 
 METHODS = ("stage1", "transfer", "scratch")
 SHOWN = 6  # test images in examples.png
