@@ -46,7 +46,7 @@ def plot_worth(metrics: dict, risks: dict[str, Tensor], title: str, path: Path) 
         left.plot([], [], "k:", label=f"ensemble of the {metrics['ensemble']['networks']} networks")
     left.set_xticks([0, 1], ["as they are", "with a temperature"])
     left.set_ylabel("test NLL (nats)")
-    left.margins(y=0.25)
+    left.margins(y=0.45)  # room for the legend
     left.legend(loc="upper right", fontsize=8)
     for kind, values in risks.items():
         label, color, style = MEASURES[kind]
