@@ -78,6 +78,14 @@ def tiny_run(project: str) -> tuple[Path, str, str]:
     return Path(output.splitlines()[-1]), output, errors.getvalue()
 
 
+def config_of(modules: SimpleNamespace, *flags: object) -> object:
+    """The Config that a run with these flags and values in turn would have."""
+    kinds = modules.run.get_type_hints(modules.train.Config, include_extras=True)
+    names, texts = flags[::2], map(str, flags[1::2])
+    given = {name.removeprefix("--"): text for name, text in zip(names, texts, strict=True)}
+    return modules.run.read_config(modules.train.Config, kinds, None, given)
+
+
 class Killed(BaseException):
     """Raised in the middle of a run instead of killing its process."""
 

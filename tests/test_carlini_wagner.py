@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, config_of, load_project, tiny_run, train, train_until
 from torch import nn
 
 modules = load_project("carlini_wagner")
@@ -718,11 +719,7 @@ def test_two_training_steps_by_hand():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
 
-def tiny_config(*flags: str):
-    kinds = run.get_type_hints(story.Config, include_extras=True)
-    words = [*TINY, *flags]
-    given = {name[2:]: text for name, text in zip(words[::2], words[1::2], strict=True)}
-    return run.read_config(story.Config, kinds, None, given)
+tiny_config = functools.partial(config_of, modules, *TINY)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """mc_dropout: masks, averages and scores against closed forms, and the experiment itself."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, config_of, load_project, tiny_run, train, train_until
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
@@ -466,12 +467,7 @@ def test_a_folder_at_fault_is_named_in_one_line(tmp_path):
 
 # --- settings ---------------------------------------------------------------------------------
 
-
-def config_of(*flags: str) -> object:
-    kinds = PROJECT.run.get_type_hints(TRAIN.Config, include_extras=True)
-    texts = dict(zip(*(iter([*TINY, *flags]),) * 2, strict=True))
-    texts = {name.removeprefix("--"): text for name, text in texts.items()}
-    return PROJECT.run.read_config(TRAIN.Config, kinds, None, texts)
+tiny_config = functools.partial(config_of, PROJECT, *TINY)
 
 
 @pytest.mark.parametrize(
@@ -487,12 +483,12 @@ def config_of(*flags: str) -> object:
 )
 def test_settings_that_cannot_be_meant(flags, message):
     with pytest.raises(ValueError, match=message):
-        config_of(*flags)
+        tiny_config(*flags)
 
 
 def test_more_labels_than_there_are_is_named():
     with pytest.raises(DATA.DataError, match="train_images: digits has only 898 images to train"):
-        TRAIN.load_data(config_of("--train_images", "899"), torch.device("cpu"))
+        TRAIN.load_data(tiny_config("--train_images", "899"), torch.device("cpu"))
 
 
 # --- two steps by hand ------------------------------------------------------------------------
@@ -521,7 +517,7 @@ def momentum(step: int, steps: int) -> float:
 def test_two_steps_by_hand():
     """Forward with dropout, cross-entropy, AdamW with its decay, the one-cycle rate."""
     flags = ["--epoch_steps", "2", "--epochs", "10", "--batch_size", "7", "--weight_decay", "0.3"]
-    config = config_of(*flags)
+    config = tiny_config(*flags)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
     images = DATA.Images(x, torch.randint(3, (12,), generator=generator))
@@ -565,7 +561,7 @@ def test_two_steps_by_hand():
 
 
 def test_evaluation_is_a_mean_over_images_with_dropout_off_and_on():
-    config, network = config_of(), small_cnn()
+    config, network = tiny_config(), small_cnn()
     x = torch.randint(256, (230, 1, 8, 8), dtype=torch.uint8)
     images = DATA.Images(x, torch.randint(3, (230,)))
     network.train()
@@ -577,7 +573,7 @@ def test_evaluation_is_a_mean_over_images_with_dropout_off_and_on():
     hits = (logits.argmax(1) == images.y).double().mean()
     assert found["val_accuracy"] == pytest.approx(float(hits))
     assert found["val_mc_loss"] != pytest.approx(found["val_loss"], rel=1e-6)
-    assert list(TRAIN.evaluate(network, images, config_of("--compare", "false"))) == [
+    assert list(TRAIN.evaluate(network, images, tiny_config("--compare", "false"))) == [
         "val_mc_loss",
         "val_mc_accuracy",
     ]
@@ -609,7 +605,7 @@ def log_odds(rights: list[float]) -> torch.Tensor:
 
 def test_each_number_of_the_headline_is_the_one_of_its_arm(monkeypatch):
     """Standard dropout is right on 6 of 10, MC on 8; both say .9, over all passes but the first."""
-    config, data = config_of("--report_passes", "2"), known_data()
+    config, data = tiny_config("--report_passes", "2"), known_data()
     standard = {10: [0.9] * 9 + [0.1], 20: [0.9] * 6 + [0.1] * 4, 30: [0.6] * 5, 35: [0.9] * 5}
     standard[0] = [0.9] * 10
     mc = {0: [0.9] * 10, 10: [0.9] * 5 + [0.1] * 5, 20: [0.9] * 8 + [0.1] * 2, 30: [0.9] * 5}
@@ -786,7 +782,7 @@ def test_what_a_run_leaves():
 
 def test_the_last_weights_are_those_after_all_steps(monkeypatch, tmp_path):
     """Nothing chooses an epoch: fit leaves what training left."""
-    config = config_of()
+    config = tiny_config()
     data = TRAIN.load_data(config, torch.device("cpu"))
     left, steps = [], []
     train_one_epoch = TRAIN.train_one_epoch
@@ -808,7 +804,7 @@ def test_the_last_weights_are_those_after_all_steps(monkeypatch, tmp_path):
 
 
 def test_each_run_begins_with_weights_of_its_own():
-    config = config_of()
+    config = tiny_config()
     data = TRAIN.load_data(config, torch.device("cpu"))
     first, again, other = (TRAIN.new_network(data, config, number) for number in (0, 0, 1))
     assert torch.equal(first[0].weight, again[0].weight)
@@ -853,7 +849,7 @@ def other_images(images: object) -> object:
 
 def test_what_each_part_of_the_data_may_move(tmp_path, monkeypatch):
     """A leak is an output that moves, a dead wire one that does not."""
-    data = TRAIN.load_data(config_of(), torch.device("cpu"))
+    data = TRAIN.load_data(tiny_config(), torch.device("cpu"))
     order = torch.randperm(898, generator=torch.Generator().manual_seed(0))
     used, unused = order[:50], order[50:]
 
@@ -980,7 +976,7 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
     other = [one for one in trained if "seed1 round 1 epoch 1" in one[0]]
     assert other[0][2:] != first[0][2:]
 
-    data = TRAIN.load_data(config_of(*STUDIES), torch.device("cpu"))
+    data = TRAIN.load_data(tiny_config(*STUDIES), torch.device("cpu"))
     before, asked_before = active, list(asked)
     asked.clear()
     pool = torch.randperm(898, generator=torch.Generator().manual_seed(0))[:60]
@@ -1013,7 +1009,7 @@ def test_predict_says_what_evaluation_says(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [f"{n:02}.png" for n in range(12)]
     assert "1 unreadable" in output and "a broken one.png" in output
-    config = config_of("--passes", "4")  # as many as predict.py makes
+    config = tiny_config("--passes", "4")  # as many as predict.py makes
     answer = TRAIN.answer(network_of(folder, 0), digits.test.x[:12], None, config, 0)
     probs = answer.log_probs["mc"].exp()
     assert [row["class"] for row in rows] == [str(int(c)) for c in probs.argmax(1)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, config_of, load_project, tiny_run, train, train_until
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from mimo_cls.model import (
@@ -485,12 +485,7 @@ def test_a_folder_at_fault_is_named_in_one_line(tmp_path):
 
 # --- settings ---------------------------------------------------------------------------------
 
-
-def config_of(*flags: str) -> object:
-    kinds = PROJECT.run.get_type_hints(TRAIN.Config, include_extras=True)
-    texts = dict(zip(*(iter([*TINY, *flags]),) * 2, strict=True))
-    texts = {name.removeprefix("--"): text for name, text in texts.items()}
-    return PROJECT.run.read_config(TRAIN.Config, kinds, None, texts)
+tiny_config = functools.partial(config_of, PROJECT, *TINY)
 
 
 @pytest.mark.parametrize(
@@ -505,21 +500,21 @@ def config_of(*flags: str) -> object:
 )
 def test_settings_that_cannot_be_meant(flags, message):
     with pytest.raises(ValueError, match=message):
-        config_of(*flags)
+        tiny_config(*flags)
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
-    config = config_of("--epochs", "10", "--warmup_epochs", "2", "--lr", "0.4")
+    config = tiny_config("--epochs", "10", "--warmup_epochs", "2", "--lr", "0.4")
     rates = [TRAIN.learning_rate(config, at) for at in (0.5, 1, 2, 4, 6, 10)]
     cosine = [(1 + math.cos(math.pi * t / 8)) / 2 for t in (0, 2, 4, 8)]
     assert rates == pytest.approx([0.1, 0.2, *(0.4 * x for x in cosine)])
-    none = config_of("--epochs", "10", "--warmup_epochs", "0", "--lr", "0.4")
+    none = tiny_config("--epochs", "10", "--warmup_epochs", "0", "--lr", "0.4")
     assert TRAIN.learning_rate(none, 5) == pytest.approx(0.2)
 
 
 def test_arms_have_the_networks_and_the_cost_that_they_claim():
     flags = ["--members", "4", "--width", "4", "--runs", "5", "--study", "true"]
-    config = config_of(*flags)
+    config = tiny_config(*flags)
     arms = TRAIN.plans(config, 3)
     assert arms["twin"] == [TRAIN.Plan(4, 1, 0.0, 3)]
     assert arms["mimo"] == [TRAIN.Plan(4, 4, 0.0, 3)]
@@ -531,9 +526,9 @@ def test_arms_have_the_networks_and_the_cost_that_they_claim():
     twin = cost(10, 4, **options)
     for name, value in twin.items():
         assert 4 * small[name] == pytest.approx(value, rel=0.08), name
-    assert "deep" not in TRAIN.plans(config_of("--members", "3"), 0)  # there are but two runs
-    assert list(TRAIN.plans(config_of(), 0)) == ["mimo", "twin", "deep"]
-    assert list(TRAIN.plans(config_of("--compare", "false"), 0)) == ["mimo"]
+    assert "deep" not in TRAIN.plans(tiny_config("--members", "3"), 0)  # there are but two runs
+    assert list(TRAIN.plans(tiny_config(), 0)) == ["mimo", "twin", "deep"]
+    assert list(TRAIN.plans(tiny_config("--compare", "false"), 0)) == ["mimo"]
 
 
 # --- two steps by hand ------------------------------------------------------------------------
@@ -546,7 +541,7 @@ def test_two_steps_by_hand(members):
     The twin passes twice through the images where the ensemble sees each of them twice.
     """
     flags = ["--epochs", "4", "--warmup_epochs", "1", "--lr", "0.3", "--weight_decay", "0.01"]
-    config = config_of(*flags, "--batch_size", "4")
+    config = tiny_config(*flags, "--batch_size", "4")
     known = digits(size=8, train_images=5 if members == 1 else 9)
     plan = TRAIN.Plan(1, members, 0.5 if members > 1 else 0.0, 0)
     torch.manual_seed(0)
@@ -589,7 +584,7 @@ def test_two_steps_by_hand(members):
 def test_fit_makes_the_optimizer_that_the_readme_says_and_keeps_the_best_epoch(
     monkeypatch, tmp_path
 ):
-    config = config_of("--epochs", "4", "--weight_decay", "0.003", "--lr", "0.2")
+    config = tiny_config("--epochs", "4", "--weight_decay", "0.003", "--lr", "0.2")
     known = digits(size=8)
     nll, left, seen = iter([0.9, 0.3, 0.5, 0.4]), [], []
 
@@ -615,7 +610,7 @@ def test_fit_makes_the_optimizer_that_the_readme_says_and_keeps_the_best_epoch(
 
 
 def test_runs_differ_and_arms_of_a_run_begin_alike(monkeypatch, tmp_path):
-    config, starts = config_of(), {}
+    config, starts = tiny_config(), {}
 
     def train_one_epoch(model, optimizer, plan, data, config, epoch):
         state = model.state_dict()
@@ -664,7 +659,7 @@ def nll(right: float, confidence: float) -> float:
 def test_each_number_of_the_headline_is_the_one_of_its_arm():
     """The twin is right on 9 of 10 and of corrupted images on 5, the ensemble on 8 and 7."""
     some = {n: [0.9] * n + [0.1] * (10 - n) for n in range(11)}
-    known, config = known_data(), config_of()
+    known, config = known_data(), tiny_config()
     twin = said_by([some[9]], [some[9]], [some[5]], [[0.95] * 5])
     mimo = said_by([some[9]] * 2, [some[8]] * 2, [some[7]] * 2, [[0.6] * 5] * 2)
     small = said_by([some[9]] * 2, [some[6]] * 2, [some[4]] * 2, [[0.99] * 3 + [0.6] * 2] * 2)
@@ -901,7 +896,7 @@ def test_the_study_compares_each_ensemble_with_the_twin_of_its_width(tmp_path, m
         return [value, {name: x + plan.members for name, x in value.items()}]
 
     monkeypatch.setattr(TRAIN, "judged_runs", judged_runs)
-    config = config_of("--study_widths", "1,2", "--study_members", "2,3")
+    config = tiny_config("--study_widths", "1,2", "--study_members", "2,3")
     rows = TRAIN.study(digits(size=8), config, tmp_path)
     assert [(row["width"], row["members"], row["input_repetition"]) for row in rows] == [
         (w, m, rho) for w in (1, 2) for m in (2, 3) for rho in (0, 0.5)
@@ -996,7 +991,7 @@ def test_the_network_can_be_exported():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_epoch_and_step():
-    config, known = config_of(), digits(size=8)
+    config, known = tiny_config(), digits(size=8)
     network = MimoWideResNet(10, 1, members=1, classes=10)
     with torch.no_grad():
         network.stem.weight[:] = torch.nan
