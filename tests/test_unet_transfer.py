@@ -336,6 +336,10 @@ def test_pets_are_read_as_published(tmp_path):
     assert [len(part.x) for part in task.segmentation] == [8, 2, 10]
     columns = task.segmentation.test.y[0, 0].tolist()
     assert columns == [1] * 8 + [0] * 8 + [data.IGNORE] * 16  # the border counts nowhere
+    others = [data.load_pets(tmp_path, SIZES, seed=seed).segmentation for seed in (1, 2, 3)]
+    vals = [splits.val.x.flatten().tolist() for splits in (task.segmentation, *others)]
+    assert any(val != vals[0] for val in vals[1:])  # cut out by the seed
+    assert all(torch.equal(splits.test.x, task.segmentation.test.x) for splits in others)
 
 
 def blank_masks(folder: Path, value: int = 0) -> None:
@@ -654,6 +658,9 @@ def test_a_killed_run_ends_like_an_unbroken_one(task, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pretrain", "stage1", "transfer"])
 def test_four_steps_are_those_taken_by_hand(task, kind, tmp_path):
+    """Of masks with a border that does not count."""
+    masks = task.segmentation.train
+    bordered = torch.where(torch.arange(32) < 5, data.IGNORE, masks.y)
     rates = {"weight_decay": "0.1", "lr": "0.02", "down_lr": "0.005", "pretrain_lr": "0.03"}
     config = settings(epoch_steps="4", pretrain_batch_size="8", batch_size="8", **rates)
     (tmp_path / "run").mkdir()
@@ -665,7 +672,8 @@ def test_four_steps_are_those_taken_by_hand(task, kind, tmp_path):
         model = train_py.new_model(train_py.UNet, task, config, 0)
         model.freeze_down(kind == "stage1")
         groups = {model.up: config.lr} | ({model.down: config.down_lr} if kind != "stage1" else {})
-        stage = train_py.segmentation(task, task.segmentation.train, config, "x", kind, 1, groups)
+        masks = masks._replace(y=bordered.to(masks.y.dtype))
+        stage = train_py.segmentation(task, masks, config, "x", kind, 1, groups)
         rates = {"up.": 0.02} | ({"down.": 0.005} if kind != "stage1" else {})
     assert stage.steps == 4
     drawn = list(stage.batches())
@@ -688,11 +696,12 @@ def test_four_steps_are_those_taken_by_hand(task, kind, tmp_path):
 
 
 def dice_and_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    probs, truth = logits.softmax(1), F.one_hot(y, logits.shape[1]).movedim(3, 1).float()
-    dims = (0, 2, 3)
-    dice = 2 * (probs * truth).sum(dims) / (probs.sum(dims) + truth.sum(dims))
-    there = truth.sum(dims) > 0
-    return F.cross_entropy(logits, y) + 1 - dice[there].mean()
+    """Over the pixels that count, in a row (P, C)."""
+    logits, y = logits.movedim(1, 3).flatten(0, 2), y.flatten()
+    logits, y = logits[y != data.IGNORE], y[y != data.IGNORE]
+    probs, truth = logits.softmax(1), F.one_hot(y, logits.shape[1]).float()
+    dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + truth.sum(0))
+    return F.cross_entropy(logits, y) + 1 - dice[truth.sum(0) > 0].mean()
 
 
 def one_cycle(step: int, total: int) -> tuple[float, float]:
@@ -742,9 +751,20 @@ def test_the_best_epoch_is_kept_and_not_the_last(task, tmp_path, monkeypatch):
     assert not torch.equal(seen[1]["up.head.weight"], seen[3]["up.head.weight"])
 
 
-def test_stages_are_given_their_data_rates_and_validation(task, tmp_path, monkeypatch):
-    config = settings(lr="0.1", down_lr="0.2", scratch_lr="0.3", pretrain_lr="0.4", mask_count="4")
-    stages, models, groups = {}, {}, {}
+@pytest.mark.parametrize("mirror", [True, False])
+def test_stages_are_given_their_data_rates_and_validation(task, mirror, tmp_path, monkeypatch):
+    config = settings(
+        lr="0.1", down_lr="0.2", scratch_lr="0.3", pretrain_lr="0.4", mask_count="4",
+        pretrain_epochs="3", stage1_epochs="4", stage2_epochs="5",
+    )  # fmt: skip
+    stages, models, groups, drawn = {}, {}, {}, []
+    task, draw = task._replace(mirror=mirror), train_py.training_batches
+
+    def watch(examples, batch_size, steps, *, mirror):
+        drawn.append(mirror)
+        return draw(examples, batch_size, steps, mirror=mirror)
+
+    monkeypatch.setattr(train_py, "training_batches", watch)
     real = {"classes": train_py.evaluate_classes, "masks": train_py.evaluate_masks}
 
     def fit(model, stage, *_):
@@ -762,6 +782,8 @@ def test_stages_are_given_their_data_rates_and_validation(task, tmp_path, monkey
     monkeypatch.setattr(train_py, "step_flops", lambda *_: 1)
     compared = train_py.compare(task, config, tmp_path, mask_count=4, seed=3)
     assert list(stages) == list(STAGES)
+    # with steps of one cost each: 3 epochs of 2 steps of pretraining, then 4 and 5 of 2
+    assert [stage.epochs for stage in stages.values()] == [3, 4, 5, 12]
     assert groups == {  # rate, and whether it is the down part's
         "pretrain": [(0.4, True)],
         "stage1": [(0.1, False)],
@@ -785,8 +807,9 @@ def test_stages_are_given_their_data_rates_and_validation(task, tmp_path, monkey
     assert all(torch.equal(stage1[name], own[name]) for name in own if name.startswith("up."))
     assert not torch.equal(own["up.head.weight"], other["up.head.weight"])
     assert set(compared.models) == set(SEGMENTED)
-    masks = [y for _, y in stages["stage1"].batches()]
-    assert [len(y) for y in masks] == [16, 16]
+    for stage in stages.values():
+        assert [len(y) for _, y in stage.batches()] == [16, 16]
+    assert drawn == [mirror] * 4
 
 
 def test_masks_of_a_larger_number_hold_those_of_a_smaller_one(task):
@@ -858,6 +881,9 @@ def test_the_training_loss_is_a_mean_over_images():
 # --- report, settings, prediction -------------------------------------------------------------
 
 
+SUFFIX = dict.fromkeys(SEGMENTED, "8masks-seed0") | {"pretrain": "seed0"}
+
+
 def test_plots_are_given_the_numbers_of_metrics_json(task, tmp_path):
     given = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -870,7 +896,13 @@ def test_plots_are_given_the_numbers_of_metrics_json(task, tmp_path):
     assert list(history) == list(STAGES) and compute == metrics["compute"]
     assert f"{metrics['transfer']['test_miou']:.2f} pretrained" in title
     assert given["plot_label_efficiency"][0] == metrics["label_efficiency"]
+    for stage, rows in history.items():
+        assert rows == load_project("unet_transfer").run.read_rows(run, f"{stage}-{SUFFIX[stage]}")
     x, y, masks, segments, *_ = given["plot_examples"]
+    for method, guess in masks.items():
+        net = train_py.UNet((4, 8), 6)
+        net.load_state_dict(torch.load(run / f"{method}-{SUFFIX[method]}.pt", weights_only=True))
+        assert torch.equal(train_py.predict(net, x), guess)
     assert list(masks) == ["scratch", "stage1", "transfer"] and segments == task.segments
     scores = [
         segmentation_metrics(confusion_matrix(guess, own, 6, 255))["miou"]
