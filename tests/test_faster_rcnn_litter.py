@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, config_of, load_project, tiny_run, train, train_until
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
@@ -43,7 +43,6 @@ from faster_rcnn_litter.model import (
     outcome,
     outside,
     plain_state,
-    replace_head,
     restore_detector,
     tile_corners,
     working_confidence,
@@ -190,11 +189,18 @@ def test_coco_weights_are_loaded_frozen_and_get_a_new_head(tmp_path, monkeypatch
     loaded = model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in loaded.items())
     assert not [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
-    replace_head(model, 2)
+    made, config = known_case()[0], SimpleNamespace(**vars(config), image_size=96, seed=0)
+    config.weights, config.precision = Path("coco"), "float32"
+    start = modules.train.new_model(config, made, torch.device("cpu"))
+    before, model = plain_state(start.before), start.model
+    assert start.pretrained and before.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[key]) for key, value in before.items())
+    for key, value in plain_state(model).items():
+        assert "box_predictor" in key or torch.equal(value, loaded[key])
     x, y = some_pictures()
     sum(losses(model.train(), x, y).values()).backward()
     assert {one["labels"].max().item() for one in detect(model.eval(), x)} <= {1}
-    after = model.state_dict()
+    after = plain_state(model)
     assert all(torch.equal(after[key], loaded[key]) for key in after if "box_predictor" not in key)
     assert [part for part in model.modules() if isinstance(part, FrozenBatchNorm2d)]
     assert after["roi_heads.box_predictor.cls_score.weight"].shape == (2, 1024)
@@ -999,8 +1005,10 @@ def known_case() -> tuple[data.Data, dict[str, list[dict]]]:
     x = [torch.full((3, 96, 96), i, dtype=torch.uint8) for i in range(6)]
 
     def pictures(name: str, y: list[dict]) -> data.Pictures:
-        empty = [torch.zeros(0, 4)] * len(y)
-        return data.Pictures([f"{name} {i}" for i in range(len(y))], x[: len(y)], y, empty, [])
+        ignored = [torch.tensor([[60.0, 0, 90, 30]])] + [torch.zeros(0, 4)] * (len(y) - 1)
+        things = [target([])] * 4 + [target(far, [2])] * 2 if name == "test" else []
+        names = [f"{name} {i}" for i in range(len(y))]
+        return data.Pictures(names, x[: len(y)], y, ignored, things)
 
     val = pictures("val", [target(box), target(box), target(box), target([])])
     test = pictures("test", [target(box)] * 4 + [target([])] * 2)
@@ -1017,23 +1025,29 @@ def known_case() -> tuple[data.Data, dict[str, list[dict]]]:
             prediction(box, [0.65]),  # below the working confidence of 0.8, above that of best F1
             prediction(far, [0.9]),
             prediction(far, [0.99]),
-            prediction([], []),
+            prediction(far, [0.7]),  # between the two confidences
         ],
     }
     return data.Data("made", ("litter",), test, val, test, ""), predictions
 
 
+def evaluate_known_case(monkeypatch) -> tuple[dict, dict]:
+    """The evaluations and metrics.json's numbers; one more detection lies where nothing counts."""
+    train_py, (made, predictions) = load_project(PROJECT).train, known_case()
+    config = SimpleNamespace(batch_size=4, max_false_positives=0.0)
+    evaluated, queue = {}, []
+    monkeypatch.setattr(train_py, "detect", lambda _, x: [queue.pop(0) for _ in x])
+    for split in ("val", "test"):
+        queue += copy.deepcopy(predictions[split])
+        queue[0] = prediction([*queue[0]["boxes"].tolist(), [62, 2, 88, 28]], [0.95, 0.97])
+        evaluated[split] = train_py.evaluate(small(), getattr(made, split), config)
+    return evaluated, train_py.summarise(evaluated, made, config)
+
+
 def test_every_number_of_the_headline_is_the_known_one(monkeypatch):
     modules = load_project(PROJECT)
     made, predictions = known_case()
-    queue = []
-    monkeypatch.setattr(modules.train, "detect", lambda _, x: [queue.pop(0) for _ in x])
-    config = SimpleNamespace(batch_size=4, max_false_positives=0.0)
-    evaluated = {}
-    for split in ("val", "test"):
-        queue += copy.deepcopy(predictions[split])
-        evaluated[split] = modules.train.evaluate(small(), getattr(made, split), config)
-    metrics = modules.train.summarise(evaluated, made, config)
+    _, metrics = evaluate_known_case(monkeypatch)
     # the box on the clean validation picture has .7, so from .8 on nothing is wrong there
     assert metrics["threshold"] == pytest.approx(0.8)
     assert metrics["best_f1_threshold"] == pytest.approx(0.6)
@@ -1042,8 +1056,34 @@ def test_every_number_of_the_headline_is_the_known_one(monkeypatch):
     assert headline["precision"] == 2 / 5
     assert headline["false_positives_per_clean_image"] == 1 / 2
     assert metrics["test"]["best_f1_recall"] == 3 / 4
-    assert metrics["test"]["best_f1_precision"] == 3 / 6
+    assert metrics["test"]["best_f1_precision"] == 3 / 7
+    kinds = metrics["confounders_with_false_positive"]
+    assert list(kinds.values()) == [0, 0, 1 / 2, 0]  # of two mushrooms, one at .99, one at .7
     assert headline["ap50"] == pytest.approx(brute_force_ap(predictions["test"], made.test.y, 0.5))
+
+
+def test_plots_are_given_the_evaluations_of_metrics_json(monkeypatch, tmp_path):
+    train_py, made = load_project(PROJECT).train, known_case()[0]
+    evaluated, metrics = evaluate_known_case(monkeypatch)
+    metrics["data"], given = {"start": "nothing"}, {}
+    monkeypatch.setattr(train_py, "try_plot", lambda plot, *a: given.update({plot.__name__: a}))
+    history, before = [{"epoch": 1}], evaluated["val"]
+    train_py.plot_results(before, evaluated, history, made, metrics, tmp_path)
+    assert given["plot_curves"][0] is history
+    curves, point = given["plot_precision_recall"][:2]
+    assert curves["before training: nothing"] is before.precision
+    assert curves["after training"] is evaluated["test"].precision
+    assert (point["confidence"], point["precision"]) == (metrics["threshold"], 2 / 5)
+    for split, (confidence, _) in given["plot_f1"][0].items():
+        assert confidence is evaluated[split].counts.confidence
+    assert list(given["plot_f1"][0]) == ["val", "test"] and given["plot_f1"][1] is metrics
+    for name in ("plot_detections", "plot_mistakes"):
+        assert given[name][0] is made.test.x
+    shown = [[len(boxes) for boxes in one] for one in given["plot_detections"][1]]
+    assert shown == [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0]]
+    wrong, misses = given["plot_mistakes"][1:3]
+    assert [number for _, number, _ in wrong] == [4, 3, 1]
+    assert sorted(number for _, number, _ in misses) == [2, 3]
 
 
 def test_the_headline_is_what_the_saved_network_gives_on_the_test_pictures():
@@ -1160,6 +1200,43 @@ def test_the_best_epoch_of_the_average_is_what_is_tested(tmp_path, monkeypatch):
     for name, part in test.items():
         assert torch.equal(part, validated[1][name]) and torch.equal(part, val[name])
     assert any(not torch.equal(part, validated[2][name]) for name, part in test.items())
+
+
+def test_fit_averages_ends_its_cosine_and_keeps_a_row_as_the_settings_say(tmp_path, monkeypatch):
+    """Two epochs of two batches: 3 pictures and 1."""
+    train_py, split, rates, asked = load_project(PROJECT).train, some_split(), [], []
+    config = settings(batch_size=3, epochs=2, seed=0, ema=0.7, patience=2, warmup=0.0)
+    one_epoch, averaging = train_py.train_one_epoch, train_py.get_ema_multi_avg_fn
+
+    def watch(model, average, pictures, optimizer, schedule, *rest):
+        row = one_epoch(model, average, pictures, optimizer, schedule, *rest)
+        rates.append(schedule.get_last_lr()[0])
+        return row
+
+    monkeypatch.setattr(train_py, "train_one_epoch", watch)
+    monkeypatch.setattr(
+        train_py, "get_ema_multi_avg_fn", lambda decay: asked.append(decay) or averaging(decay)
+    )
+    numbers = {"ap": 0.1, "ap50": 0.2, "ar100": 0.3}
+    monkeypatch.setattr(train_py, "evaluate", lambda *_: SimpleNamespace(metrics=numbers))
+    made = data.Data("made", ("litter",), split, split, split, "")
+    rows = train_py.fit(small(), made, False, config, tmp_path)
+    assert rates == pytest.approx([0.005, 0.0]) and asked == [0.7]
+    assert [{name: row[f"val_{name}"] for name in numbers} for row in rows] == [numbers] * 2
+
+
+def test_the_seed_decides_scenes_and_weights(tmp_path, monkeypatch):
+    modules, made, heads, seeds = load_project(PROJECT), known_case()[0], [], []
+    monkeypatch.setattr(modules.train, "load", lambda **o: seeds.append(o["seed"]) or made)
+    for seed in (1, 1, 2):
+        config = config_of(modules, *TINY, "--seed", seed)
+        modules.train.load_data(config)
+        start = modules.train.new_model(config, made, torch.device("cpu"))
+        heads.append(start.model.roi_heads.box_predictor.cls_score.weight)
+    assert seeds == [1, 1, 2] and torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    folder = write_folder(tmp_path / "forest")
+    assert load(folder, seed=1).test.names != load(folder, seed=2).test.names
 
 
 def test_the_networks_of_both_stages_export():
