@@ -559,6 +559,11 @@ def test_what_is_no_picture_of_a_class_does_no_harm(tmp_path):
     found = load_folder(folder)
     assert re.search(r"2 unreadable files left out, the first: .*103\.png", found.note)
     assert found.numbers["pictures"] == 47 and found.numbers["unreadable"] == 2
+    labels = torch.cat([part.y for part in (found.train, found.val, found.test)])
+    assert labels.bincount().tolist() == [23, 24]
+    assert [name.split("/")[0] for name in found.names] == [
+        found.classes[label] for label in found.train.y.tolist()
+    ]
     assert found.classes == ("aphids", "healthy")
 
 
@@ -710,8 +715,12 @@ def test_the_rest_of_the_report(run, again):
     metrics, rows = report_of(run)["metrics"], history_of(run)
     both = [row for row in rows if row["stage"] == "both"]
     assert metrics["collapsed_epochs"] == sum(int(row["collapsed"]) for row in both)
+    share = {"both": 0.5, "no_triplet": 0.0, "no_cls": 1.0}  # of the map in the loss and the score
     for row in rows:
         assert int(row["collapsed"]) == (float(row["within_to_between"]) > 0.9)
+        accuracy, precision = float(row["val_accuracy"]), float(row["val_precision_at_1"])
+        score = accuracy + share[row["stage"]] * (precision - accuracy)
+        assert float(row["val_score"]) == pytest.approx(score)
     parts = {"train": again.data.train, "val": again.data.val, "test": again.data.test}
     sizes = {name: len(part.x) for name, part in parts.items()}
     total = sum(sizes.values())
@@ -1078,6 +1087,14 @@ def test_a_baseline_is_fitted_on_training_and_chosen_on_validation():
         assert trainer.linear_accuracy(inputs, made) == 0.01
     assert all(x == [[1.0], [1.5]] for x, _ in fitted)
     assert {x[0][0] for c, x in scored if c != 0.01} == {2.0}
+
+
+def test_a_baseline_knows_numbers_whatever_their_scale():
+    x = torch.randn(90, 2, generator=torch.Generator().manual_seed(0))
+    parts = [data.Examples(None, (part[:, 0] > 0).long()) for part in x.split(30)]
+    made = SimpleNamespace(train=parts[0], val=parts[1], test=parts[2])
+    small = list((x * torch.tensor([1e-5, 10.0])).split(30))
+    assert trainer.linear_accuracy(small, made) == trainer.linear_accuracy(x.split(30), made) > 0.9
 
 
 def test_a_pretrained_trunk_is_loaded_frozen_then_learns_at_its_own_rate(
