@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -459,6 +460,12 @@ def test_the_headline_is_computed_again_from_weights_and_data(pair, plain):
         wanted[f"{arm}_accuracy"] = accuracy_of(weights, pair.x.test)
         assert few[arm]["test_accuracy"]["of_seeds"] == [wanted[f"{arm}_accuracy"]]
     assert plain["headline"] == pytest.approx(wanted)
+    saved = plain["weights"]["model"]
+    model = small_autoencoder()
+    model.load_state_dict(plain["weights"]["autoencoder-x"])
+    codes = train_py.codes_of(model, pair.x.train)
+    torch.testing.assert_close(saved["codes"], codes, rtol=1e-4, atol=1e-5)
+    assert torch.equal(saved["code_classes"], pair.x.train.y)
 
 
 def accuracy_of(weights: dict, images: data.Images) -> float:
@@ -641,6 +648,30 @@ def test_probes_compare_the_encoders_that_they_are_named_after(pair, monkeypatch
     )
     monkeypatch.undo()
     assert train_py.probe(apart, apart) == {"linear": 1.0, "neighbours": 1.0}
+    turned = apart._replace(y=(apart.y + 1) % 3)
+    assert train_py.probe(apart, turned) == {"linear": 0.0, "neighbours": 0.0}
+    tiny = apart._replace(x=1e-4 * apart.x)  # as a code may be; it is standardised
+    assert train_py.probe(tiny, tiny)["linear"] == 1.0
+
+
+def test_the_judge_learns_from_images_alone_by_its_own_settings(pair, tmp_path, monkeypatch):
+    config, recorder = settings(judge_lr="0.5", judge_epochs="3", judge_shift="2"), Recorder()
+    monkeypatch.setattr(train_py, "train_classifier", recorder)
+    train_py.train_judge(pair.x, config, tmp_path)
+    ((_, labelled, val, options),) = recorder.calls
+    assert labelled is pair.x.train and val is pair.x.val
+    wanted = {"lr": 0.5, "count": 3, "shift": 2, "seed": 0}
+    assert {name: options[name] for name in wanted} == wanted
+
+
+def test_added_copies_vary_by_the_noise_of_the_settings(pair):
+    config, levels = settings(added_noise="0.3", added_copies="2"), []
+    known = SimpleNamespace(vary=lambda codes, y, level: levels.append(level) or codes + level)
+    model, few = small_autoencoder(), data.Images(*(part[:4] for part in pair.x.train))
+    copies = train_py.vary_copies(few, model, known, config, 0)
+    made = model.decode(model.encoder(few.x.float() / 255) + 0.3).clamp(0, 1)
+    assert levels == [0.3, 0.3] and torch.equal(copies.y, few.y.repeat(3))
+    assert torch.equal(copies.x[4:], (255 * made).round().byte().repeat(2, 1, 1, 1))
 
 
 # --- training, step by step -------------------------------------------------------------------
