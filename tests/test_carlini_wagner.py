@@ -8,10 +8,12 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from projects import call, config_of, load_project, tiny_run, train, train_until
 from torch import nn
@@ -617,6 +619,8 @@ def test_mnist_is_padded_and_its_parts_are_disjoint(monkeypatch):
     used = set(splits.train.y.tolist()) & set(splits.val.y.tolist())
     assert not used and (splits.test.y >= 5000).all() and (splits.train.y < 5000).all()
     assert splits.train.y.tolist() != sorted(splits.train.y.tolist())
+    other = data.load_mnist(train_count=900, seed=1, data_dir=Path())
+    assert all(set(a.y.tolist()) != set(b.y.tolist()) for a, b in zip(splits, other, strict=True))
     with pytest.raises(data.DataError, match="train_count: MNIST has only 1200"):
         data.load_mnist(train_count=1201, seed=0, data_dir=Path())
 
@@ -935,6 +939,89 @@ def test_measured_numbers_are_those_known_in_advance():
     assert rows[0]["probability_before"] == pytest.approx(float(probs[0]), abs=1e-4)
     probs = torch.tensor([100.0, 200, 0]).mul(10 / 255).softmax(0)
     assert rows[2]["probability_after"] == pytest.approx(float(probs[1]), abs=1e-4)
+
+
+def test_a_change_is_against_what_the_second_network_saw_and_a_cost_of_the_same_pictures():
+    outcome, task = known_outcome()
+
+    class Fish(nn.Module):
+        """A second network: class 1 where the second column is very bright, else class 2."""
+
+        def forward(self, x):
+            bright = (x[..., 1].mean((1, 2)) > 180 / 255).long()
+            return F.one_hot(2 - bright, 3).float()
+
+    png = outcome.png.clone()
+    png[3] = picture(100, 200, 0)  # what was not found before rounding
+    outcome = outcome._replace(png=png)
+    metrics = story.measure(outcome, Goal(task.target), task, [Columns(), Fish()])
+    assert metrics["png_success"] == 0.75 and metrics["rounding_cost"] == pytest.approx(0, abs=1e-6)
+    assert metrics["transfer_any_change"] == pytest.approx(2 / 3)  # the dim one is a fish as before
+
+
+def test_an_attack_joins_its_batches_seconds_and_rounding(monkeypatch, tmp_path):
+    outcome, task = known_outcome()
+    config, clock = tiny_config("--rounding_steps", "9"), iter([0.0, 1.0, 10.0, 13.0])
+    monkeypatch.setattr(story, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    given = []
+
+    def part_of(found, x, aim) -> model.Found:
+        rows = [int(row) for row in aim.label]
+        columns = (found.x[rows], found.success[rows], found.c[rows], found.queries[rows])
+        return model.Found(*columns, found.trace[..., rows])
+
+    def round_off(network, x, aim, found, *, steps):
+        given.append((x, found, steps))
+        return part_of(outcome.rounded, x, aim)
+
+    monkeypatch.setattr(story, "search", lambda _, net, x, aim, c: part_of(outcome.found, x, aim))
+    monkeypatch.setattr(story, "round_off", round_off)
+    task = task._replace(target=torch.arange(4))  # by which a batch shows its rows
+    got = story.attack("fast", task, Columns(), config, tmp_path)
+    assert got.seconds == 4 and got.queries.tolist() == [11, 22, 33, 44]
+    assert torch.equal(got.found.x, outcome.found.x) and torch.equal(got.png, outcome.png)
+    assert [steps for *_, steps in given] == [9, 9]
+    assert torch.equal(torch.cat([x for x, *_ in given]), task.x)
+    assert torch.equal(torch.cat([found for _, found, _ in given]), outcome.found.x)
+
+
+def test_plots_are_given_the_picture_and_the_numbers_of_their_attack(monkeypatch, tmp_path):
+    """The second of four digits is the 3 that becomes an 8."""
+    outcome, task = known_outcome()
+    digits = torch.tensor([0, 3, 0, 0]), torch.tensor([1, 8, 1, 1])
+    task = task._replace(before=digits[0], target=digits[1], classes=story.DIGITS)
+    trace = torch.arange(32.0).view(2, 4, 4)
+    other = outcome._replace(found=outcome.found._replace(trace=-trace), png=outcome.png.flip(0))
+    outcomes = {
+        "logits": outcome._replace(found=outcome.found._replace(trace=trace)),
+        "fast": other,
+    }
+    metrics = {
+        name: {"pictures": [
+            {"l2": n + far, "l2_before_rounding": 99.0, "png_success": n < 3,
+             "class_before": "3", "target": "8", "place": n} for n in range(4)
+        ]} for name, far in (("logits", 0.5), ("fast", 0.25))
+    }  # fmt: skip
+    given, network = {}, Columns()
+    monkeypatch.setattr(story, "try_plot", lambda plot, *a: given.update(
+        {plot.func.__name__: plot.args} if isinstance(plot, functools.partial)
+        else {plot.__name__: a}))  # fmt: skip
+    config = tiny_config("--criteria", "logits,fast")
+    story.plot_results(task, network, outcomes, metrics, config, tmp_path)
+    shown, probs, notes = given["plot_example"][:3]
+    assert list(shown) == list(probs) == ["original", "logits", "fast"]
+    for name, x in (("original", task.x), ("logits", outcome.png), ("fast", other.png)):
+        assert torch.equal(shown[name], x[1])
+        assert torch.allclose(probs[name], network(x[1:2]).softmax(1)[0])
+    assert all(note["place"] == 1 for note in notes.values())
+    assert torch.equal(given["plot_search"][0]["fast"], -trace[..., 1])
+    assert {name: own.tolist() for name, own in given["plot_queries"][0].items()} == {
+        "logits": trace.tolist(), "fast": (-trace).tolist()
+    }  # fmt: skip
+    l2 = {"logits": [0.5, 1.5, 2.5, math.inf], "fast": [0.25, 1.25, 2.25, math.inf]}
+    assert given["plot_bound"][0] == l2
+    matrix = given["plot_matrix"]
+    assert matrix[0] is task.x and matrix[1] is other.png and matrix[3] == l2["fast"]
 
 
 def test_kappa_and_scores_decide_what_is_a_success():
