@@ -1170,10 +1170,14 @@ def test_pretrained_weights_learn_by_sgd_with_momentum_at_their_own_rate():
 
 def test_an_epoch_holds_every_picture_once_in_an_order_that_changes(monkeypatch):
     pictures, orders = some_split(), []
+    pictures.ignored[1] = torch.tensor([[50.0, 50, 60, 60]])
     monkeypatch.setattr(data, "augment", lambda x, y, jitter: (x.float() / 255, y))
     for seed in (0, 1):
         torch.manual_seed(seed)
-        drawn = data.training_batches(pictures, 3, 1.0, torch.device("cpu"))
+        drawn = list(data.training_batches(pictures, 3, 1.0, torch.device("cpu")))
+        for x, one in ((x, one) for batch in drawn for x, one in zip(*batch, strict=True)):
+            grey = bool((x[:, 50:60, 50:60] == 128 / 255).all())
+            assert grey == (one["boxes"][0, 0].item() == 4)  # nothing is learned from there
         left = [one["boxes"][0, 0].item() for _, y in drawn for one in y]
         assert sorted(left) == [0, 4, 8, 12]
         orders.append(left)
