@@ -90,6 +90,19 @@ class Killed(BaseException):
     """Raised in the middle of a run instead of killing its process."""
 
 
+def data_asked_for(modules: SimpleNamespace, *flags: object) -> dict:
+    """What train.py asks data.load for under these flags; it goes no further."""
+    asked = {}
+
+    def load(**options: object) -> None:
+        asked.update(options)
+        raise Killed
+
+    with mock.patch.object(modules.train, "load", load), contextlib.suppress(Killed):
+        call(modules.train, *flags)
+    return asked
+
+
 def train_until(project: str, epochs: int, *flags: object) -> None:
     """A run that dies right after its checkpoint number `epochs`."""
     run = load_project(project).run

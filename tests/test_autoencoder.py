@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, load_project, tiny_run, train_until
+from projects import call, data_asked_for, load_project, tiny_run, train_until
 from sklearn.decomposition import PCA
 
 from autoencoder import data
@@ -811,6 +811,11 @@ def test_the_mean_loss_counts_images_and_evaluation_is_over_all_of_them(pair, mo
     numbers = train_py.evaluate_classifier(lambda x: logits[x[:, 0].long()], images)
     assert numbers["loss"] == pytest.approx(float(F.cross_entropy(logits, images.y)))
     assert numbers["accuracy"] == 0.5
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(load_project("autoencoder"), *flags)["seed"] == 7
 
 
 # --- report, settings, prediction -------------------------------------------------------------

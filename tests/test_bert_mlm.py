@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, data_asked_for, load_project, tiny_run, train, train_until
 from transformers import (
     AlbertConfig,
     AutoModelForMaskedLM,
@@ -457,6 +457,11 @@ def test_every_text_is_in_one_batch_of_its_own_length():
     longest = [max(lengths[i] for i in batch) for batch in batches]
     rises = sum(a <= b for a, b in itertools.pairwise(longest))
     assert rises < 0.75 * len(longest)  # in no order of length
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(PROJECT, *flags)["seed"] == 7
 
 
 # --- models -----------------------------------------------------------------------------------

@@ -625,6 +625,14 @@ def test_mnist_is_padded_and_its_parts_are_disjoint(monkeypatch):
         data.load_mnist(train_count=1201, seed=0, data_dir=Path())
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_digits_are_asked_for_by_the_seed_and_their_number(name, monkeypatch):
+    monkeypatch.setattr(story, f"load_{name}", lambda **options: options)
+    config = tiny_config("--dataset", name, "--seed", "7", "--train_count", "99")
+    asked = story.load_splits(config)
+    assert (asked["seed"], asked["train_count"]) == (7, 99)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder with a wide picture, a tall one with EXIF, a grey 16-bit one and broken ones."""

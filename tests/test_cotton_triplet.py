@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
-from projects import call, load_project, train, train_until
+from projects import call, data_asked_for, load_project, train, train_until
 from sklearn.metrics import f1_score, silhouette_score
 
 project = load_project("cotton_triplet")
@@ -599,6 +599,11 @@ def test_each_look_is_drawn_under_its_name_over_backgrounds_of_its_split(monkeyp
     step = {photos.stride(3) for _, photos in drawn}.pop()
     ends = {(photos.storage_offset() // step, photos.shape[3]) for _, photos in drawn}
     assert ends == {(0, 448), (448, 64), (512, 128)}  # of photographs 640 wide
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(project, *flags)["seed"] == 7
 
 
 # --- one tiny run: what it reports ------------------------------------------------------------

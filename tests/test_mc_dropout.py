@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, config_of, load_project, tiny_run, train, train_until
+from projects import call, config_of, data_asked_for, load_project, tiny_run, train, train_until
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
@@ -463,6 +463,11 @@ def test_a_folder_at_fault_is_named_in_one_line(tmp_path):
     (folder / "test" / "white").mkdir()
     with pytest.raises(DATA.DataError, match=r"white: there is no picture"):
         DATA.load(**options)
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(PROJECT, *flags)["seed"] == 7
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, config_of, load_project, tiny_run, train, train_until
+from projects import call, config_of, data_asked_for, load_project, tiny_run, train, train_until
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from mimo_cls.model import (
@@ -481,6 +481,11 @@ def test_a_folder_at_fault_is_named_in_one_line(tmp_path):
         path.unlink()
     with pytest.raises(data.DataError, match="expected at least 10 readable pictures"):
         data.load(**options)
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(PROJECT, *flags)["seed"] == 7
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from projects import Killed, call, load_project, tiny_run, train
+from projects import Killed, call, data_asked_for, load_project, tiny_run, train
 from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.model_selection import GridSearchCV
@@ -704,6 +704,11 @@ def test_splits_are_disjoint_nested_and_scaled_on_training_rows():
     assert torch.equal(everything.given, everything.y)
     with pytest.raises(data.DataError, match=r"label_counts: wine has 134 .* smaller label_counts"):
         data.split(table, label_count=134, **options)
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(load_project(PROJECT), *flags)["seed"] == 7
 
 
 # --- the experiment ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from projects import call, load_project, tiny_run, train, train_until
+from projects import call, data_asked_for, load_project, tiny_run, train, train_until
 from sklearn.metrics import f1_score, jaccard_score
 
 from unet_transfer import data
@@ -876,6 +876,11 @@ def test_the_training_loss_is_a_mean_over_images():
     stage = stage._replace(loss=lambda z, y: z.sum() * math.nan)
     with pytest.raises(FloatingPointError, match="x: the loss is not finite at step 1"):
         train_py.train_one_epoch(model, stage, optimizer, schedule, "x")
+
+
+def test_data_are_asked_for_by_the_seed(tmp_path):
+    flags = [*TINY, "--seed", 7, "--out_dir", tmp_path]
+    assert data_asked_for(load_project("unet_transfer"), *flags)["seed"] == 7
 
 
 # --- report, settings, prediction -------------------------------------------------------------
