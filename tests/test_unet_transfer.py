@@ -807,6 +807,7 @@ def test_stages_are_given_their_data_rates_and_validation(task, mirror, tmp_path
     assert all(torch.equal(stage1[name], own[name]) for name in own if name.startswith("up."))
     assert not torch.equal(own["up.head.weight"], other["up.head.weight"])
     assert set(compared.models) == set(SEGMENTED)
+    assert compared.metrics["masks"] == {"train": 4, "val": 32, "test": 32}
     for stage in stages.values():
         assert [len(y) for _, y in stage.batches()] == [16, 16]
     assert drawn == [mirror] * 4
