@@ -476,6 +476,30 @@ def accuracy_of(weights: dict, images: data.Images) -> float:
     return (guess == images.y).double().mean().item()
 
 
+def test_each_number_of_the_headline_is_the_one_of_its_name():
+    rows, counts = ("trained_on_x", "trained_on_y", "pca_of_x", "pca_of_y"), ("20", "50", "60")
+    mse = {row: {name: {"mse": f"{row} {name}"} for name in ("x", "y")} for row in rows}
+    study = {
+        count: {arm: {"test_accuracy": {"mean": f"{arm} {count}"}} for arm in train_py.STARTS}
+        for count in counts
+    }
+    judged = {
+        kind: {level: {"judge_accuracy": f"{kind} {level}"} for level in ("0.5", "1")}
+        for kind in ("local", "independent")
+    }
+    judged["test_images"] = {"judge_accuracy": "test"}
+    metrics = {"reconstruction": mse, "classifier": study, "generation": judged}
+    config = settings(label_counts="20,50,60", classifier_epochs="1,1,1")
+    assert train_py.headline(metrics, config) == {
+        "mse_x": "trained_on_x x", "pca_mse_x": "pca_of_x x",
+        "mse_y": "trained_on_y y", "pca_mse_y": "pca_of_y y",
+        "cross_mse_x_to_y": "trained_on_x y", "cross_mse_y_to_x": "trained_on_y x",
+        "random_accuracy": "random 50", "plain_accuracy": "plain 50",
+        "masked_accuracy": "masked 50", "judge_accuracy": "test",
+        "new_image_accuracy": "local 1",
+    }  # fmt: skip
+
+
 def test_a_killed_run_ends_like_an_unbroken_one(pair, plain, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_py, "load", lambda **_: pair)
