@@ -1044,6 +1044,7 @@ def test_known_answers_of_validation():
     assert numbers["val_accuracy"] == pytest.approx(0.8)
     assert numbers["val_precision_at_1"] == pytest.approx(0.5)  # of the first four
     assert numbers["val_score"] == pytest.approx(0.75 * 0.8 + 0.25 * 0.5)
+    assert numbers["val_cls_loss"] == pytest.approx(math.log(math.e + 2) - 0.8)
     single = model.Outputs(outputs.logits[[0, 2]], embedding[[0, 2]], None)
     numbers = trainer.evaluate(single, y[[0, 2]], 0.5)
     assert math.isnan(numbers["val_precision_at_1"]) and numbers["val_score"] == 1
