@@ -1029,6 +1029,7 @@ def test_known_answers_of_the_class_head_and_the_map():
     numbers = trainer.test_numbers(outputs, made)
     assert numbers["accuracy"] == pytest.approx(0.7)
     assert numbers["confusion"] == [[3, 2], [1, 4]]
+    assert numbers["macro_f1"] == pytest.approx((6 / 9 + 8 / 11) / 2)
     assert numbers["embedding"]["precision_at_1"] == pytest.approx(0.6)
     assert numbers["embedding"]["map_at_r"] == pytest.approx(0.6)
     assert numbers["features"]["precision_at_1"] == 1
