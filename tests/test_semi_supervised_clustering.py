@@ -908,6 +908,30 @@ def test_cross_validation_hides_what_it_asks(program, config, monkeypatch):
         assert torch.equal(torch.maximum(first, second), part.given)
 
 
+def test_other_methods_learn_from_all_rows_or_from_the_labelled_ones(program, config, monkeypatch):
+    from sklearn import linear_model, mixture, neighbors, semi_supervised
+
+    part, seen = tiny_part(program, config, program.load_table(config)), {}
+    kinds = [mixture.GaussianMixture, semi_supervised.LabelSpreading]
+    kinds += [linear_model.LogisticRegression, neighbors.NearestCentroid]
+    for kind in kinds:
+
+        def watch(self, x, y=None, *rest, fit=kind.fit, name=kind.__name__):
+            seen[name] = (x, y)
+            return fit(self, x, y, *rest)
+
+        monkeypatch.setattr(kind, "fit", watch)
+    program.others(part)
+    x, given = part.x.double().numpy(), part.given.numpy()
+    some = (x[given >= 0], given[given >= 0])
+    wanted = {"GaussianMixture": (x, None), "LabelSpreading": (x, given)}
+    wanted |= {"LogisticRegression": some, "NearestCentroid": some}
+    assert seen.keys() == wanted.keys() and len(some[0]) == 10
+    for name, (inputs, labels) in wanted.items():
+        assert np.array_equal(seen[name][0], inputs), name
+        assert np.array_equal(seen[name][1], labels) or seen[name][1] is labels, name
+
+
 def test_scores_by_hand(program):
     part = data.Split(
         x=torch.zeros(6, 1), y=torch.tensor([0, 0, 1, 1, -1, 0]),
