@@ -1253,7 +1253,8 @@ def test_pictures_show_the_numbers_of_the_report(program, config, monkeypatch, t
     kmeans = ClusterThenLabel(3, 0.0, init="k-means++", n_init=2, tol=1e-7, random_state=0)
     kmeans = kmeans.fit(part.x).relabel(part.given)
     assert list(models) == ["k-means", "ours"]
-    assert torch.equal(models["k-means"].predict(part.x), kmeans.predict(part.x))
+    shares = [model.predict_proba(part.x) for model in (models["k-means"], kmeans)]
+    assert torch.allclose(*shares)  # of the labels given, not of all
     assert right[1] == pytest.approx(metrics["cluster"]["accuracy"])
     assert models["ours"].objective_ == pytest.approx(metrics["cluster"]["objective"])
     assert len(shown["plot_objective"][0]) == metrics["cluster"]["iterations"]
@@ -1262,6 +1263,20 @@ def test_pictures_show_the_numbers_of_the_report(program, config, monkeypatch, t
     timing = metrics["timing"]
     steps = timing["points_per_second"] * timing["fit_seconds"] / len(part.x)
     assert steps == pytest.approx(models["ours"].n_iter_total_)
+
+
+def test_each_number_of_the_headline_is_the_one_of_its_name(program, config):
+    arms = ("ours3", "ours6", "seeded3", "kmeans3", "kmeans_pooled3", "logistic", "nearest_mean")
+    by_labels = {
+        str(count): {arm: {"accuracy": {"mean": f"{arm} {count}"}} for arm in arms}
+        for count in (5, 10, 20)
+    }
+    own = replace(config, label_count=10, label_counts=(5, 10, 20))
+    metrics = {"by_labels": by_labels, "cluster": {"clusters": 3}}
+    assert program.headline(metrics, own) == {
+        "accuracy": "ours3 10", "seeded_accuracy": "seeded3 10",
+        "kmeans_accuracy": "kmeans3 10", "supervised_accuracy": "logistic 10",
+    }  # fmt: skip
 
 
 def test_settings_reach_the_model(program, config):
