@@ -672,6 +672,28 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm(monkeypatch):
     assert metrics["ensemble"]["auroc"] == {"photographs": 1.0, "turned by 90°": 0.5}
 
 
+def test_active_learning_is_tested_on_the_test_images_and_asks_what_it_does_not_know(
+    tmp_path, monkeypatch
+):
+    """A network that is right on 7 of 10 test images, asked of the first that has no label."""
+
+    def says(network, x):
+        return log_odds([0.9] * 7 + [0.1] * 3 if int(255 * x[0, 0, 0, 0] + 0.5) == 20 else [0.9])
+
+    flags = ["--active_pool", "8", "--active_start", "2", "--active_step", "1"]
+    config, seen = tiny_config(*flags, "--active_rounds", "3"), []
+    monkeypatch.setattr(TRAIN, "standard_logits", says)
+    monkeypatch.setattr(TRAIN, "acquire", lambda *parts: torch.arange(1))
+    monkeypatch.setattr(
+        TRAIN, "train_one_epoch", lambda _, some, *rest: seen.append(some.x[:, 0, 0, 0]) or 0.0
+    )
+    rows = TRAIN.ask("entropy", known_data(), config, tmp_path, 0)
+    assert [row["test_accuracy"] for row in rows] == [0.7] * 4
+    assert [row["labels"] for row in rows] == [2, 3, 4, 5]
+    known = [set(images.tolist()) for images in seen[:: config.epochs]]
+    assert known[0] < known[1] < known[2] < known[3]
+
+
 def test_the_ensemble_averages_the_networks_probabilities():
     data = known_data()
     rights = ([0.8] * 10, [0.4] * 10)
