@@ -672,6 +672,41 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm(monkeypatch):
     assert metrics["ensemble"]["auroc"] == {"photographs": 1.0, "turned by 90°": 0.5}
 
 
+def test_validation_is_of_the_mean_over_all_its_passes(monkeypatch):
+    """The first pass is wrong about all images."""
+
+    def passes_say(network, x, passes, seed):
+        return torch.stack([log_odds([0.1] * 10)] + [log_odds([0.9] * 10)] * (passes - 1))
+
+    monkeypatch.setattr(TRAIN, "mc_logits", passes_say)
+    row = TRAIN.evaluate(None, known_data().val, tiny_config("--compare", "false"))
+    mean = (0.1 + 0.9 * (TRAIN.VAL_PASSES - 1)) / TRAIN.VAL_PASSES
+    assert row == pytest.approx({"val_mc_loss": -math.log(mean), "val_mc_accuracy": 1.0})
+
+
+def test_plots_are_given_the_arms_that_they_name(monkeypatch, tmp_path):
+    rights = {"mc": ([0.8] * 10, [0.7] * 10), "standard": ([0.6] * 10, [0.5] * 10)}
+    outcomes = [
+        TRAIN.Outcome({}, {"mc_entropy": torch.tensor([float(n)])}, {}, {
+            name: {"test": log_odds(right[n])} for name, right in rights.items()
+        }) for n in range(2)
+    ]  # fmt: skip
+    metrics = {"test": {name: {"ece": {"mean": name}} for name in rights}}
+    given, data = {}, known_data()
+    monkeypatch.setattr(TRAIN, "try_plot", lambda plot, *a: given.update({plot.__name__: a}))
+    TRAIN.plot_results(metrics, outcomes, "network", data, tiny_config(), tmp_path)
+    assert given["plot_worth"][0] is given["plot_passes"][0] is metrics
+    assert given["plot_worth"][1]["mc_entropy"].tolist() == [[0], [1]]
+    log_probs, y, ece, *_ = given["plot_reliability"]
+    assert ece == {"mc": "mc", "standard": "standard"} and torch.equal(y, data.test.y)
+    for name, right in rights.items():
+        assert torch.equal(log_probs[name], torch.stack([log_odds(one) for one in right]))
+    images, _, probs, classes, *_ = given["plot_certainty"]  # of run 0, with dropout on
+    assert torch.equal(images, data.test.x) and classes == data.classes
+    assert probs[:, 0].tolist() == pytest.approx([0.8] * 10)
+    assert given["plot_turning"][0] == "network"
+
+
 def test_active_learning_is_tested_on_the_test_images_and_asks_what_it_does_not_know(
     tmp_path, monkeypatch
 ):
