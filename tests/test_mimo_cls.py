@@ -701,6 +701,35 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm():
     assert len(metrics["arms"]["twin"]["by_severity_nll"]["mean"]) == len(TRAIN.CORRUPTED)
 
 
+def test_plots_are_given_the_arms_and_the_run_that_they_name(monkeypatch, tmp_path):
+    """Members disagree most about image 3 in run 0, about image 5 in run 1."""
+    config, known, given = tiny_config(), known_data(), {}
+    known = known._replace(test=known.test._replace(x=known.test.x + torch.arange(10).byte().view(
+        10, 1, 1, 1)))  # fmt: skip
+
+    def run_of(surprise: int, *firsts: float) -> dict:
+        members = [[first] * 10 for first in firsts]
+        members[-1][surprise] = 0.05
+        return {"test": torch.stack([log_odds(one) for one in members], 1)}
+
+    said = {"mimo": [run_of(3, 0.9, 0.8), run_of(5, 0.7, 0.6)], "twin": [run_of(1, 0.8)] * 2}
+    metrics = {"arms": {name: {"ece": {"mean": name}} for name in said}}
+    monkeypatch.setattr(TRAIN, "read_rows", lambda run, name: name)
+    monkeypatch.setattr(TRAIN, "try_plot", lambda plot, *a: given.update({plot.__name__: a}))
+    TRAIN.plot_results(metrics, said, "variances", known, config, tmp_path)
+    names = {name: plans[0].name for name, plans in TRAIN.plans(config, 0).items()}
+    assert given["plot_curves"][0] == {"mimo": names["mimo"], "twin": names["twin"]}
+    assert given["plot_corruption"][0] is metrics["arms"]
+    answers, _, ece, *_ = given["plot_calibration"]
+    assert ece == {"mimo": "mimo", "twin": "twin"}
+    assert answers["mimo"][:, 0, 0].exp().tolist() == pytest.approx([0.85, 0.65])
+    assert answers["twin"][:, 0, 0].exp().tolist() == pytest.approx([0.8, 0.8])
+    assert given["plot_independence"][0] == "variances"
+    images, _, probs, *_ = given["plot_disagreement"]
+    assert int(images[0, 0, 0, 0]) == 3 and len(images) == 8
+    assert probs[0, :, 0].tolist() == pytest.approx([0.9, 0.05])
+
+
 def test_a_temperature_is_fitted_on_validation_and_used_everywhere():
     some = {n: [0.9] * n + [0.1] * (10 - n) for n in range(11)}
     found = TRAIN.judge_arm(said_by([some[7]], [some[9]], [some[5]], [[0.9] * 5]), known_data())
