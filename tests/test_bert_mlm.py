@@ -892,6 +892,16 @@ def test_the_gaps_of_the_picture(start):
     assert T.chosen_gaps(gaps[:2], 0)["at random"] == []
 
 
+def test_right_words_are_counted_for_each_model():
+    """Of three gaps the model before fills one with its word, the one after two."""
+    words, after = ("Help", "water", "fire"), ("help", "water", "x")
+    best = [{"before": [("help", 0.5)], "after": [(one, 0.5)]} for one in after]
+    gaps = [{"word": word, "best": each} for word, each in zip(words, best, strict=True)]
+    right = T.right_words(gaps, {"before": None, "after": None})
+    assert right == {"words": 3, "before": pytest.approx(1 / 3), "after": pytest.approx(2 / 3)}
+    assert T.right_words([], {"before": None}) == {"words": 0, "before": 0}
+
+
 def test_plots_are_given_the_numbers_of_the_report(start, tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(T, "try_plot", lambda plot, *rest: given.update({plot.__name__: rest}))
