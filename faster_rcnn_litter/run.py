@@ -796,7 +796,7 @@ def parallel(model: torch.nn.Module) -> torch.nn.Module:
     if next(model.parameters()).is_cuda:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the argument's new name is not in torch 2.11
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 lacks the new name
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
