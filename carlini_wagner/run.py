@@ -160,14 +160,15 @@ def start_run(
         if show_list:
             print(table_of_runs(config.out_dir))
             sys.exit()
-        run = agree_on_folder(resume or new_folder(config.out_dir))
+        run = resume or new_folder(config.out_dir)
     except (OSError, ValueError, RunError, yaml.YAMLError) as error:
         parser.error(one_line(error))
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
+    join(config.device)
+    run = agree_on_folder(run)
     where = f"{WORLD} processes, the first on {config.device}" if WORLD > 1 else config.device
     print(f"run: {run} on {where}   (interrupted? --resume {shlex.quote(str(run))})")
-    join(config.device)
     end_on_ctrl_c(run)
     return config, run, torch.device(config.device)
 
@@ -726,23 +727,20 @@ def meet() -> Path | None:
 
 
 def agree_on_folder(run: Path) -> Path:
-    """The first process's."""
+    """The first process's, which torchrun's next attempt will find."""
     global RUN
-    RUN = run
-    if STORE is not None:
-        if RANK == 0:
-            STORE.set("run", str(run.resolve()))  # for torchrun's next attempt
-            STORE.set(f"run of attempt {ATTEMPT}", str(run))
-        RUN = Path(STORE.get(f"run of attempt {ATTEMPT}").decode())
+    RUN = first_of_all(run)
+    if STORE is not None and RANK == 0:
+        STORE.set("run", str(run.resolve()))
     return RUN
 
 
 def join(device: str) -> None:
     """From here on the processes work together: by NCCL, each on its own GPU, or by gloo."""
-    if WORLD == 1:
-        return
     from torch import distributed
 
+    if WORLD == 1 or distributed.is_initialized():
+        return
     if device != "cpu":
         torch.cuda.set_device(device)
     distributed.init_process_group(

@@ -308,8 +308,9 @@ def losses(model: nn.Module, x: list[Tensor], y: list[dict]) -> dict[str, Tensor
     """The four parts, by LOSSES' names, whose sum is minimised; the model has to be in train mode.
 
     x: float pictures (3, H, W) in [0, 1]; y: for each "boxes" float (K, 4) and "labels" long (K,)
-    from 1 on, K may be 0. Of several processes each has its addend. Each stage has the two parts of eq. 1: cross-entropy over sampled anchors
-    (in the second stage regions), and smooth L1 of the offsets of eq. 2 over those on a thing.
+    from 1 on, K may be 0. Of several processes each has its addend. Each stage has the two parts of
+    eq. 1: cross-entropy over sampled anchors (in the second stage regions), and smooth L1 of the
+    offsets of eq. 2 over those on a thing.
     """
     if not model.training:
         raise RuntimeError("losses need train mode")

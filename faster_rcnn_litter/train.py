@@ -310,7 +310,7 @@ def train_one_epoch(
     sums, steps = [], math.ceil(len(pictures.x) / config.batch_size)
     drawn = training_batches(pictures, config.batch_size, config.jitter, device, OWN)
     bar = tqdm(drawn, label, steps, leave=False, disable=None)
-    for number, (x, y, count) in enumerate(bar, start=1):
+    for number, (x, y, shown) in enumerate(bar, start=1):
         parts = {name: total(part) for name, part in losses(model, x, y).items()}
         loss = sum(parts.values())
         # read at every step: from NaN the first stage's boxes would end in an index error
@@ -321,7 +321,7 @@ def train_one_epoch(
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        sums.append(torch.stack([part.detach() for part in parts.values()]) * count)
+        sums.append(torch.stack([part.detach() for part in parts.values()]) * shown)
     means = (sum_losses(sums, label) / len(pictures.x)).tolist()
     return {"train_loss": sum(means)} | dict(zip(LOSSES, means, strict=True))
 
