@@ -22,10 +22,10 @@ from run import (
     Epochs,
     Rate,
     Seed,
+    all_rows,
     average_buffers,
     epochs,
     finish_run,
-    in_order,
     mean_of_all,
     one_first,
     open_run,
@@ -318,7 +318,7 @@ def predict(model: MimoWideResNet, x: Tensor) -> Tensor:
     model.eval()
     batches = testing_batches(x[OWN], 250, model.members)
     logits = torch.cat([model(part) for part in batches])
-    return in_order(logits, len(x)).double().log_softmax(-1)
+    return all_rows(logits, len(x)).double().log_softmax(-1)
 
 
 def evaluate(log_probs: Tensor, y: Tensor) -> dict[str, float]:

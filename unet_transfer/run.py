@@ -165,7 +165,7 @@ def start_run(
         parser.error(one_line(error))
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
-    join(config.device)
+    join_processes(config.device)
     run = agree_on_folder(run)
     where = f"{WORLD} processes, the first on {config.device}" if WORLD > 1 else config.device
     print(f"run: {run} on {where}   (interrupted? --resume {shlex.quote(str(run))})")
@@ -735,7 +735,7 @@ def agree_on_folder(run: Path) -> Path:
     return RUN
 
 
-def join(device: str) -> None:
+def join_processes(device: str) -> None:
     """From here on the processes work together: by NCCL, each on its own GPU, or by gloo."""
     from torch import distributed
 
@@ -832,7 +832,7 @@ def average_buffers(model: torch.nn.Module) -> None:
             buffer.copy_(total(buffer) / WORLD)
 
 
-def in_order(own: torch.Tensor, count: int) -> torch.Tensor:
+def all_rows(own: torch.Tensor, count: int) -> torch.Tensor:
     """All `count` rows, of which each process has its OWN."""
     if WORLD == 1:
         return own

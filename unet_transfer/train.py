@@ -323,7 +323,7 @@ def train_one_epoch(
 # --- evaluation -------------------------------------------------------------------------------
 
 
-def part_of(examples: Examples) -> Examples:
+def own_examples(examples: Examples) -> Examples:
     """Those of this process."""
     return Examples(*(part[OWN] for part in examples))
 
@@ -333,7 +333,7 @@ def evaluate_classes(model: nn.Module, examples: Examples, batch_size: int) -> d
     """Cross-entropy in nats and accuracy, each a sum over all images divided by their number."""
     model.eval()
     loss, correct = 0.0, 0
-    for x, y in batches(part_of(examples), batch_size):
+    for x, y in batches(own_examples(examples), batch_size):
         logits = model(x)
         loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
         correct = correct + (logits.argmax(1) == y).sum()
@@ -346,7 +346,7 @@ def evaluate_masks(model: nn.Module, examples: Examples, batch_size: int) -> dic
     """Loss and segmentation_metrics, from sums over the pixels of all images."""
     model.eval()
     sums, confusion = None, 0
-    for x, y in batches(part_of(examples), batch_size):
+    for x, y in batches(own_examples(examples), batch_size):
         logits = model(x)
         new = loss_sums(logits.double(), y, IGNORE)
         sums = new if sums is None else LossSums(*map(torch.add, sums, new))
