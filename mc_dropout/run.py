@@ -79,6 +79,7 @@ def speak() -> None:
     """Before an error: of several processes only the first that fails is heard."""
     if STORE is None:
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut the error off
     try:
         heard = STORE.add(f"errors of attempt {ATTEMPT}", 1) == 1
     except RuntimeError:  # torchrun is gone
