@@ -152,7 +152,7 @@ def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     The head of a small BERT costs more than its layers: |vocabulary| x width per piece. Whatever
     the architecture, the head follows the encoder `base_model`, so that is where the rest leaves.
-    On CUDA the products are in bf16.
+    On CUDA the products are in bf16. `model` may be one that DistributedDataParallel wraps.
     """
     chosen = batch["labels"] != IGNORE
 
@@ -160,7 +160,7 @@ def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         output.last_hidden_state = output.last_hidden_state[chosen][None]
         return output
 
-    handle = model.base_model.register_forward_hook(keep_chosen)
+    handle = getattr(model, "module", model).base_model.register_forward_hook(keep_chosen)
     kind = model.device.type
     try:
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
@@ -168,6 +168,15 @@ def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     finally:
         handle.remove()
     return answer.logits[0].float()
+
+
+def part_of(batch: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    """These rows of a batch; if they are none, the first row without a piece to predict."""
+    own = {name: value[part] for name, value in batch.items()}
+    if not len(own["labels"]):
+        own = {name: value[:1] for name, value in batch.items()}
+        own["labels"] = torch.full_like(own["labels"], IGNORE)
+    return own
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -239,13 +248,19 @@ def unigram_logits(texts: list[dict], vocabulary: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, masked: list[dict], pad_id: int, batch_size: int = 64) -> Tensor:
+def evaluate(
+    model: nn.Module,
+    masked: list[dict],
+    pad_id: int,
+    batch_size: int = 64,
+    part: slice = slice(None),
+) -> Tensor:
     """Sums (texts, kinds, 4) of piece_scores; of texts that are masked already, so that the batch
-    size changes nothing.
+    size changes nothing. Of the texts in order of their length only `part` counts.
     """
     model.eval()
     sums = no_sums(masked)
-    masked = sorted(masked, key=lambda one: len(one["input_ids"]))
+    masked = sorted(masked, key=lambda one: len(one["input_ids"]))[part]
     for first in range(0, len(masked), batch_size):
         texts = masked[first : first + batch_size]
         batch = {name: value.to(model.device) for name, value in pad(texts, pad_id).items()}

@@ -24,6 +24,8 @@ from statistics import mean, stdev
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
+    OWN,
+    RANK,
     Batch,
     Count,
     Decay,
@@ -33,14 +35,20 @@ from run import (
     Width,
     epochs,
     finish_run,
+    mean_of_all,
+    one_first,
     open_run,
+    own_draws,
+    parallel,
     read_rows,
     run_main,
     save,
     seed_everything,
     start_run,
     sum_losses,
+    total,
     try_plot,
+    wait_for_all,
 )
 
 import torch
@@ -73,6 +81,7 @@ from model import (
     mask_error,
     masked_logits,
     mlm_loss,
+    part_of,
     resampled,
     small_bert,
     summary,
@@ -186,7 +195,7 @@ class Trial(NamedTuple):
 
 
 def main() -> None:
-    config, run, device = start_run(Config, __doc__)
+    config, run, device = start_run(Config, __doc__, several=True)
     tweets = load_tweets(config, config.seed)
     print(tweets.note)
     quiet()
@@ -243,7 +252,8 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
         about |= {"name": "small BERT", "pretraining": pretraining}
     else:
         seed_everything(0, "head")  # where the checkpoint lacks one
-        found = find_model(config.model, config.data_dir)
+        with one_first():
+            found = find_model(config.model, config.data_dir)
         if config.max_length > (most := longest_text(*found[:2])):
             raise DataError(f"max_length: {config.model} takes {most} pieces at most")
         open_run(run, config, *data, found[0].state_dict())
@@ -312,10 +322,13 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
         "epochs": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
     }
     keep(model, tokenizer, about, folder)
+    wait_for_all()
 
 
 def keep(model: nn.Module, tokenizer, about: dict, folder: Path) -> None:
     """All of it, or nothing. Raises DataError if it cannot be written."""
+    if RANK:
+        return
     for old in folder.parent.glob("small-bert-*.tmp"):  # of a run that was killed
         if time.time() - old.stat().st_mtime > 3600:
             shutil.rmtree(old, ignore_errors=True)
@@ -359,7 +372,7 @@ def compare(start: Start, config: Config, run: Path, seed: int) -> Trial:
         stages["scratch"] = Stage(f"scratch-seed{seed}", *budget, config.scratch_lr, seed)
     for name, stage in stages.items():
         history[name] = fit(models[name], stage, start.masking, config, run)
-    scorers = {name: partial(evaluate, model, pad_id=pad_id) for name, model in models.items()}
+    scorers = {name: partial(scores_of, model, pad_id=pad_id) for name, model in models.items()}
     scorers["unigram"] = partial(evaluate_constant, unigram_logits(train, len(start.tokenizer)))
     sums = test_sums(scorers, test, start.masking, 2 * seed + 1, config.masks)
     scores = {name: describe(own) for name, own in sums.items()}
@@ -389,15 +402,16 @@ def fit(model: nn.Module, stage: Stage, masking: Masking, config: Config, run: P
     count, patience = stage.epochs * parts_of_pass, stage.patience * parts_of_pass
     options = {"best": ("val_loss", min), "patience": patience, "first": 0}
     options["every"] = 60 * config.checkpoint_minutes
+    trained = parallel(model)
     for row in epochs(run, stage.name, parts, count, stage.seed, **options):
         if row["epoch"]:
             number, part = divmod(row["epoch"] - 1, parts_of_pass)
             batches = batches_of_pass(stage, number)[part::parts_of_pass]
             label = f"{stage.name} epoch {row['epoch']}"
             row["train_loss"] = train_one_epoch(
-                model, stage, batches, masking, optimizer, schedule, label
+                trained, stage, batches, masking, optimizer, schedule, label
             )
-        scores = summary(evaluate(model, stage.val, masking.tokenizer.pad_token_id))
+        scores = summary(scores_of(model, stage.val, masking.tokenizer.pad_token_id))
         row |= {f"val_{name}": scores[name] for name in ("loss", "perplexity", "top1", "top5")}
     return read_rows(run, stage.name)
 
@@ -422,16 +436,19 @@ def train_one_epoch(
     losses, pieces, began = [], 0, time.perf_counter()
     for chosen in tqdm(batches, label, leave=False, disable=None):
         batch = masking([stage.train[place] for place in chosen])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        count = int((batch["labels"] != IGNORE).sum())
+        batch = {name: value.to(model.device) for name, value in part_of(batch, OWN).items()}
         labels = batch["labels"][batch["labels"] != IGNORE]
-        loss = mlm_loss(masked_logits(model, batch), labels)
+        with own_draws():
+            logits = masked_logits(model, batch)
+        loss = mean_of_all(mlm_loss(logits, labels), len(labels))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach() * len(labels))
-        pieces += len(labels)
+        losses.append(loss.detach() * count)
+        pieces += count
         if len(losses) == FIRST_STEPS:
             tell_time(stage, schedule, (time.perf_counter() - began) / FIRST_STEPS)
     return float(sum_losses(losses, label)) / max(pieces, 1)
@@ -446,6 +463,11 @@ def tell_time(stage: Stage, schedule: torch.optim.lr_scheduler.LRScheduler, seco
 
 
 # --- evaluation -------------------------------------------------------------------------------
+
+
+def scores_of(model: nn.Module, masked: list[dict], pad_id: int) -> torch.Tensor:
+    """As `evaluate`, the texts divided between the processes."""
+    return total(evaluate(model, masked, pad_id, part=OWN))
 
 
 def several_masks(texts: list[dict], masking: Masking, seed: int, count: int) -> list[dict]:
@@ -604,6 +626,8 @@ def plot_results(
 
 def save_model(trial: Trial, start: Start, config: Config, run: Path) -> None:
     """model/, which transformers loads, and model.pt: all that predict.py needs."""
+    if RANK:
+        return
     trial.models["after"].save_pretrained(run / "model")
     start.tokenizer.save_pretrained(run / "model")
     description = {

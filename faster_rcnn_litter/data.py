@@ -661,14 +661,22 @@ def difference_hash(x: Tensor) -> np.ndarray:
 
 
 def training_batches(
-    pictures: Pictures, batch_size: int, jitter: float, device: torch.device
-) -> Iterator[tuple[list[Tensor], list[dict]]]:
-    """Shuffled, augmented float pictures (3, H, W) in [0, 1] with their targets, each once."""
+    pictures: Pictures,
+    batch_size: int,
+    jitter: float,
+    device: torch.device,
+    part: slice = slice(None),
+) -> Iterator[tuple[list[Tensor], list[dict], int]]:
+    """Shuffled, augmented float pictures (3, H, W) in [0, 1] with their targets, each once, and
+    their number in the batch, of which only `part` is made; it may be empty.
+    """
     for chosen in torch.randperm(len(pictures.x)).split(batch_size):
-        shown = [(without_ignored(pictures, i).to(device), pictures.y[i]) for i in chosen.tolist()]
-        pairs = [augment(x, y, jitter) for x, y in shown]
-        y = [{name: part.to(device) for name, part in y.items()} for _, y in pairs]
-        yield [x for x, _ in pairs], y
+        draws = torch.stack([torch.rand(4) for _ in chosen])
+        own = list(zip(chosen[part].tolist(), draws[part].tolist(), strict=True))
+        shown = [(without_ignored(pictures, i).to(device), pictures.y[i], four) for i, four in own]
+        pairs = [augment(x, y, jitter, four) for x, y, four in shown]
+        y = [{name: value.to(device) for name, value in y.items()} for _, y in pairs]
+        yield [x for x, _ in pairs], y, len(chosen)
 
 
 def without_ignored(pictures: Pictures, number: int) -> Tensor:
@@ -687,12 +695,15 @@ def batches(x: list[Tensor], batch_size: int, device: torch.device) -> Iterator[
         yield [picture.to(device).float() / 255 for picture in x[start : start + batch_size]]
 
 
-def augment(x: Tensor, y: dict[str, Tensor], jitter: float) -> tuple[Tensor, dict[str, Tensor]]:
+def augment(
+    x: Tensor, y: dict[str, Tensor], jitter: float, draws: list[float]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A float picture: mirrored half of the time, scaled by 1 / jitter to jitter and, if enlarged,
-    a random part of the old size cut out. Boxes of which less than a third is left go.
+    a random part of the old size cut out. Boxes of which less than a third is left go. `draws` are
+    four random numbers in [0, 1).
     """
     boxes, (height, width) = y["boxes"].clone(), x.shape[1:]
-    flip, factor, top, left = torch.rand(4).tolist()
+    flip, factor, top, left = draws
     if flip < 0.5:
         x = x.flip(2)
         boxes[:, [0, 2]] = width - boxes[:, [2, 0]]

@@ -218,6 +218,67 @@ def restore_detector(saved: dict, amp: bool) -> nn.Module:
     return mix_precision(model, amp)
 
 
+# --- several processes ------------------------------------------------------------------------
+
+
+class WholeBatchSampler:
+    """torchvision's choice of anchors or regions, as one process makes it for the whole batch; of
+    `world` processes each has the pictures rank, rank + world, ... of it.
+
+    How much is drawn for a picture depends on it, so all processes draw for all. `share` is this
+    process's part of what was chosen in the last call: the weight of its mean in the batch's.
+    """
+
+    def __init__(self, inner: object, rank: int, world: int):
+        self.inner, self.rank, self.world = inner, rank, world
+        self.blank, self.share = False, 0.0  # whether the only picture is one_blank
+
+    def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        counts = [[int((one >= 1).sum()), int((one == 0).sum())] for one in matched]
+        everyone = [None] * self.world
+        torch.distributed.all_gather_object(everyone, [] if self.blank else counts)
+        kept, chosen, device = [], [0] * self.world, matched[0].device
+        for number in range(sum(map(len, everyone))):
+            rank, place = number % self.world, number // self.world
+            positive, negative = everyone[rank][place]
+            own = rank == self.rank
+            other = torch.arange(positive + negative, device=device) < positive
+            pair = self.inner([matched[place] if own else other.float()])
+            chosen[rank] += int(sum(mask.sum() for (mask,) in pair))
+            kept += [[mask for (mask,) in pair]] if own else []
+        self.share = chosen[self.rank] / max(1, sum(chosen))
+        if self.blank:  # one of it, of weight 0: a mean over nothing would be NaN
+            first = torch.arange(len(matched[0]), device=device) == 0
+            kept, self.blank = [[torch.zeros_like(first), first]], False
+        return tuple(map(list, zip(*kept, strict=True)))
+
+
+def as_whole_batch(model: nn.Module, rank: int, world: int) -> None:
+    """In training, what depends on all pictures of a batch is as if one process had them all: the
+    size to which they are padded, and the anchors and regions that are sampled.
+    """
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler = WholeBatchSampler(part.fg_bg_sampler, rank, world)
+    transform, largest = model.transform, model.transform.max_by_axis
+
+    def max_by_axis(sizes: list[list[int]]) -> list[int]:
+        size = torch.tensor(largest(sizes), device=next(model.parameters()).device)
+        if transform.training:
+            torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX)
+        return size.tolist()
+
+    transform.max_by_axis = max_by_axis
+
+
+def one_blank(model: nn.Module) -> tuple[list[Tensor], list[dict]]:
+    """A picture for a process that has none of the batch, of which nothing is sampled."""
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.blank = True
+    weight = next(model.parameters())
+    boxes, labels = weight.new_zeros(0, 4), weight.new_zeros(0, dtype=torch.int64)
+    return [weight.new_zeros(3, 32, 32)], [{"boxes": boxes, "labels": labels}]
+
+
 # --- anchors ----------------------------------------------------------------------------------
 
 
@@ -247,13 +308,20 @@ def losses(model: nn.Module, x: list[Tensor], y: list[dict]) -> dict[str, Tensor
     """The four parts, by LOSSES' names, whose sum is minimised; the model has to be in train mode.
 
     x: float pictures (3, H, W) in [0, 1]; y: for each "boxes" float (K, 4) and "labels" long (K,)
-    from 1 on, K may be 0. Each stage has the two parts of eq. 1: cross-entropy over sampled anchors
-    (in the second stage regions), and smooth L1 of the offsets of eq. 2 over those on a thing.
+    from 1 on, K may be 0. Of several processes each has its addend. Each stage has the two parts of
+    eq. 1: cross-entropy over sampled anchors (in the second stage regions), and smooth L1 of the
+    offsets of eq. 2 over those on a thing.
     """
     if not model.training:
         raise RuntimeError("losses need train mode")
-    parts = model(x, y)
-    return {name: parts[f"loss_{name}"] for name in LOSSES}
+    network = getattr(model, "module", model)  # which DistributedDataParallel may wrap
+    parts = model(x, y) if x else model(*one_blank(network))
+    means = [parts[f"loss_{name}"] for name in LOSSES]
+    if isinstance(network.rpn.fg_bg_sampler, WholeBatchSampler):
+        first, second = network.rpn.fg_bg_sampler.share, network.roi_heads.fg_bg_sampler.share
+        shares = (first, first, second, second)
+        means = [mean * share for mean, share in zip(means, shares, strict=True)]
+    return dict(zip(LOSSES, means, strict=True))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Run it with `python faster_rcnn_litter/train.py`, or `python faster_rcnn_litter/
 """
 
 import copy
+import itertools
 import math
 import re
 import shlex
@@ -18,21 +19,29 @@ from statistics import median
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
+    OWN,
     PROJECT,
+    RANK,
+    WORLD,
     Batch,
     Decay,
     Epochs,
     Rate,
     Seed,
+    average_buffers,
     epochs,
     finish_run,
+    gather,
+    one_first,
     open_run,
+    parallel,
     read_rows,
     run_main,
     save,
     seed_everything,
     start_run,
     sum_losses,
+    total,
     try_plot,
 )
 
@@ -57,6 +66,7 @@ from model import (
     above,
     anchor_overlap,
     as_one_class,
+    as_whole_batch,
     at_confidence,
     coco_metrics,
     count,
@@ -150,9 +160,10 @@ class Start(NamedTuple):
 
 
 def main() -> None:
-    config, run, device = start_run(Config, __doc__)
-    data = load_data(config)
-    start = new_model(config, data, device)
+    config, run, device = start_run(Config, __doc__, several=True)
+    with one_first():
+        data = load_data(config)
+        start = new_model(config, data, device)
     open_run(run, config, data.name, data.train, data.val, data.test, plain_state(start.model))
     metrics, first = describe(data, start), None
     if config.compare:
@@ -251,10 +262,15 @@ def fit(model: nn.Module, data: Data, pretrained: bool, config: Config, run: Pat
     optimizer, schedule = make_optimizer(model, pretrained, config, config.epochs * steps)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     options = {"best": ("val_ap", max), "keep": "average", "patience": config.patience}
+    trained = parallel(model)
+    if WORLD > 1:
+        as_whole_batch(model, RANK, WORLD)
     for row in epochs(run, "train", parts, config.epochs, config.seed, **options):
         began, label = time.perf_counter(), f"epoch {row['epoch']}"
-        row |= train_one_epoch(model, average, data.train, optimizer, schedule, config, label)
+        row |= train_one_epoch(trained, average, data.train, optimizer, schedule, config, label)
         row["train_seconds"] = time.perf_counter() - began
+        average_buffers(average.module)
+        average_buffers(model)
         metrics = evaluate(average.module, data.val, config).metrics
         row |= {f"val_{name}": metrics[name] for name in ("ap", "ap50", "ar100")}
     model.load_state_dict(average.module.state_dict())
@@ -292,9 +308,10 @@ def train_one_epoch(
     model.train()
     device = next(model.parameters()).device
     sums, steps = [], math.ceil(len(pictures.x) / config.batch_size)
-    drawn = training_batches(pictures, config.batch_size, config.jitter, device)
-    for number, (x, y) in enumerate(tqdm(drawn, label, steps, leave=False, disable=None), start=1):
-        parts = losses(model, x, y)
+    drawn = training_batches(pictures, config.batch_size, config.jitter, device, OWN)
+    bar = tqdm(drawn, label, steps, leave=False, disable=None)
+    for number, (x, y, shown) in enumerate(bar, start=1):
+        parts = {name: total(part) for name, part in losses(model, x, y).items()}
         loss = sum(parts.values())
         # read at every step: from NaN the first stage's boxes would end in an index error
         if not math.isfinite(loss.item()):
@@ -304,7 +321,7 @@ def train_one_epoch(
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        sums.append(torch.stack([part.detach() for part in parts.values()]) * len(x))
+        sums.append(torch.stack([part.detach() for part in parts.values()]) * shown)
     means = (sum_losses(sums, label) / len(pictures.x)).tolist()
     return {"train_loss": sum(means)} | dict(zip(LOSSES, means, strict=True))
 
@@ -318,9 +335,9 @@ def evaluate(
     """With `any_class` whatever the network finds counts as litter."""
     model.eval()
     device = next(model.parameters()).device
-    began, predictions = time.perf_counter(), []
-    for x in batches(pictures.x, config.batch_size, device):
-        predictions += detect(model, x)
+    began, drawn = time.perf_counter(), batches(pictures.x, config.batch_size, device)
+    found = [detect(model, x) for x in itertools.islice(drawn, OWN.start, None, OWN.step)]
+    predictions = list(itertools.chain(*gather(found)))
     seconds = time.perf_counter() - began
     y = pictures.y
     if any_class:

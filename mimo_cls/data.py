@@ -342,11 +342,12 @@ def training_batches(
     input_repetition: float,
     batch_repetition: int,
     mirror: bool,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented inputs (N, M * 3, H, W) and the members' classes (N, M), once through the images.
 
     A batch holds `batch_size` different images, N = batch_repetition * batch_size; of an epoch's
-    random order, an incomplete batch at the end is left out.
+    random order, an incomplete batch at the end is left out. Of each batch's inputs only `part`.
     """
     order = torch.randperm(len(images.x)).to(images.x.device)
     for chosen in order.split(batch_size)[: max(1, len(order) // batch_size)]:
@@ -356,7 +357,7 @@ def training_batches(
             members=members,
             input_repetition=input_repetition,
             batch_repetition=batch_repetition,
-        ).to(x.device)
+        ).to(x.device)[:, part]
         yield stack_images(to_input(x), orders), y[orders].T  # the same index for image and class
 
 

@@ -1,10 +1,12 @@
 """Settings, the run's folder, seeds, the loop over epochs, checkpoints: the same in all projects.
 
 `train.py` calls start_run first, open_run once the data are there, epochs for each stage of
-training, finish_run last. `predict.py` calls start_predict.
+training, finish_run last. `predict.py` calls start_predict. What `torchrun` asks of a run stands
+under "several processes".
 """
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -22,10 +24,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -35,18 +38,53 @@ except ImportError:  # Windows has no flock: there, nobody watches that a run is
     fcntl = None
 
 PROJECT = Path(__file__).resolve().parent
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, ATTEMPT = (
+    int(os.environ[name]) if TORCHRUN else default
+    for name, default in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }.items()
+)
+OWN = slice(RANK, None, WORLD)  # this process's part of a batch, of examples, of batches
+STORE: Any = None  # torchrun's own, which outlives its processes
 
 
 def end_on_ctrl_c(run: Path | None = None) -> None:
     """From here on Ctrl-C ends the program in one line that says how to go on, status 130."""
 
-    def end(*_: Any) -> None:
-        again = f"; to go on: python {shlex.join([sys.argv[0], '--resume', str(run)])}"
-        begun = run and (run / "history.pt").exists()
-        print(f"\ninterrupted{again if begun else ''}", file=sys.stderr)
-        sys.exit(130)
+    def end(number: int, _: Any) -> None:
+        speak()
+        print(f"\n{ends[number]}{to_go_on(run)}", file=sys.stderr)
+        sys.exit(128 + number)
 
-    signal.signal(signal.SIGINT, end)
+    ends = {signal.SIGINT: "interrupted"}
+    if run and TORCHRUN:  # which ends all processes after the first that fails
+        ends[signal.SIGTERM] = "ended by torchrun, or by a signal to it"
+    for number in ends:
+        signal.signal(number, end)
+
+
+def to_go_on(run: Path | None) -> str:
+    if not run or not (run / "history.pt").exists():
+        return ""
+    program = f"torchrun --nproc_per_node {LOCAL_WORLD}" if TORCHRUN else "python"
+    return f"; to go on: {program} {shlex.join([sys.argv[0], '--resume', str(run)])}"
+
+
+def speak() -> None:
+    """Before an error: of several processes only the first that fails is heard."""
+    if STORE is None:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut the error off
+    try:
+        heard = STORE.add(f"errors of attempt {ATTEMPT}", 1) == 1
+    except RuntimeError:  # torchrun is gone
+        heard = RANK == 0
+    sys.stderr = sys.__stderr__ if heard else open(os.devnull, "w")  # noqa: SIM115
 
 
 if Path(sys.argv[0]).resolve().parent == PROJECT:  # started as a program, which imports this first
@@ -60,6 +98,7 @@ STARTED = time.perf_counter()
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 HEADER: dict[str, Any] = {}  # of the checkpoints of the run in progress: what it must not mix with
 LOCKS: dict[Path, int] = {}  # run folders that this process works in
+RUN: Path | None = None  # the folder of the run in progress
 
 # Bounds of a setting. A plain int or float is more than 0 and at most 1e9.
 Seed = Annotated[int, ">= 0", "<= 4294967295"]
@@ -88,7 +127,7 @@ class RunError(Exception):
 
 
 def start_run(
-    settings: type, description: str, argv: list[str] | None = None
+    settings: type, description: str, argv: list[str] | None = None, *, several: bool = False
 ) -> tuple[Any, Path, torch.device]:
     """The settings, the path of the run's folder, the device.
 
@@ -96,13 +135,19 @@ def start_run(
     field is a key of config.yaml and a flag. Flags win over --config's file, which may hold any
     part of the keys, and that over config.yaml. A mistake ends the program in one line, status 2.
     The folder is there only with --resume; else open_run makes it. --list shows the runs, and ends.
+    `several` says that the project trains in several processes, which torchrun starts.
     """
     kinds = get_type_hints(settings, include_extras=True)
     parser = make_parser(kinds, description)
+    begun = meet() if TORCHRUN else None
     given, unknown = parser.parse_known_args(argv)
     flags = {name: text for name, text in vars(given).items() if text is not None}
     resume, show_list = flags.pop("resume", None), flags.pop("list")
+    if begun:  # by the processes that torchrun has ended and starts again
+        resume, flags = begun, {name: flags[name] for name in flags.keys() & {"device"}}
     try:
+        if WORLD > 1 and not several:
+            raise ValueError(f"{PROJECT.name} trains in one process: start it without torchrun")
         if unknown:
             name = unknown[0].split("=")[0]
             near = hint(name, [f"--{key}" for key in kinds])
@@ -121,7 +166,10 @@ def start_run(
         parser.error(one_line(error))
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True)  # a log file, too, shows each line at once
-    print(f"run: {run} on {config.device}   (interrupted? --resume {shlex.quote(str(run))})")
+    join_processes(config.device)
+    run = agree_on_folder(run)
+    where = f"{WORLD} processes, the first on {config.device}" if WORLD > 1 else config.device
+    print(f"run: {run} on {where}   (interrupted? --resume {shlex.quote(str(run))})")
     end_on_ctrl_c(run)
     return config, run, torch.device(config.device)
 
@@ -136,7 +184,7 @@ def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")  # without usage
+    parser.error = lambda text: refuse(parser, text)
     about = "settings that differ from config.yaml"
     parser.add_argument("--config", metavar="FILE", type=user_path, help=about)
     parser.add_argument("--resume", metavar="RUN", type=user_path, help="folder of a run to finish")
@@ -146,8 +194,14 @@ def make_parser(kinds: dict[str, Any], description: str) -> argparse.ArgumentPar
     return parser
 
 
+def refuse(parser: argparse.ArgumentParser, text: str) -> None:
+    """In one line, without the usage."""
+    speak()
+    parser.exit(2, f"{parser.prog}: error: {text}\n")
+
+
 def user_path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # Path's own fails where there is no such user
 
 
 def read_config(settings: type, kinds: dict, path: Path | None, flags: dict[str, str]) -> Any:
@@ -243,6 +297,8 @@ def choose_device(name: str) -> str:
         raise ValueError(f"device: expected auto | cpu | cuda | cuda:N, found '{shorten(name)}'")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and name != "cpu":
+        name = f"cuda:{LOCAL_RANK}"
     try:
         return str(torch.zeros((), device=name).device)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -256,9 +312,9 @@ def choose_device(name: str) -> str:
 def new_folder(parent: Path) -> Path:
     """The path of a folder `parent/<date-time>` that is not there yet."""
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    path = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     number = 1
-    while path.exists():  # two within a millisecond, or a clock that stands still
+    while path.exists():  # two within a microsecond, or a clock that stands still
         number += 1
         path = path.with_name(f"{path.name.split('_n')[0]}_n{number}")
     return path
@@ -312,8 +368,8 @@ def settings_digest(run: Path) -> str:
 
 
 def lock(run: Path) -> None:
-    """Until this process ends. Raises RunError if another process works in the folder."""
-    if fcntl is None or run.resolve() in LOCKS:
+    """Until this process ends. Raises RunError if another program works in the folder."""
+    if fcntl is None or RANK or run.resolve() in LOCKS:
         return
     handle = os.open(run, os.O_RDONLY)
     try:
@@ -331,27 +387,34 @@ def open_run(run: Path, config: Any, name: str, *data: Any) -> None:
     RunError if they are not those that the run began with.
     """
     description = {"name": name, "sha256": fingerprint(*data)}
-    if run.exists():
-        saved = read_torch(run / "history.pt")
-        if saved["data"] != description:
-            raise RunError(
-                f"--resume: {run} began with other data: {saved['data']['name']} "
-                f"{saved['data']['sha256'][:8]}, now {name} {description['sha256'][:8]}"
-            )
-    else:
-        run.mkdir()
-        lock(run)
-        plain = {
-            name: os.path.relpath(value, PROJECT) if isinstance(value, Path) else value
-            for name, value in asdict(config).items()
-        }
-        plain |= {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        replace_file(run / "config.yaml", text.encode())
     HEADER.clear()
-    HEADER.update(project=PROJECT.name, settings=settings_digest(run), data=description)
-    if not (run / "history.pt").exists():
+    if RANK == 0 and not run.exists():
+        make_folder(run, config)
+        HEADER.update(project=PROJECT.name, settings=settings_digest(run), data=description)
         save_checkpoint(run, "", {}, [])
+    wait_for_all()
+    if not run.exists():
+        raise RunError(f"{run}: not seen by process {RANK}; all machines must see out_dir")
+    lock(run)
+    saved = read_torch(run / "history.pt")
+    if saved["data"] != description:
+        raise RunError(
+            f"--resume: {run} began with other data: {saved['data']['name']} "
+            f"{saved['data']['sha256'][:8]}, now {name} {description['sha256'][:8]}"
+        )
+    HEADER.update(project=PROJECT.name, settings=settings_digest(run), data=description)
+
+
+def make_folder(run: Path, config: Any) -> None:
+    """With config.yaml."""
+    run.mkdir()
+    plain = {
+        name: os.path.relpath(value, PROJECT) if isinstance(value, Path) else value
+        for name, value in asdict(config).items()
+    }
+    plain |= {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    replace_file(run / "config.yaml", text.encode())
 
 
 def fingerprint(*parts: Any) -> str:
@@ -378,6 +441,8 @@ def finish_run(
     """Write metrics.json, show the headline and `use`, the command that uses what was trained; the
     run's folder is the last line.
     """
+    if RANK:
+        return
     git = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -394,7 +459,7 @@ def finish_run(
         "commit": commit or None,
         "headline": without_nan(headline),
         "metrics": without_nan(metrics),
-    }
+    } | ({"processes": WORLD} if WORLD > 1 else {})
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     checkpoint = read_torch(run / "history.pt")
     save(run / "history.pt", checkpoint | {"finished": True, "parts": {}})
@@ -415,6 +480,8 @@ def without_nan(value: Any) -> Any:
 
 def try_plot(plot: Callable, *args: Any, **options: Any) -> None:
     """Call it; a picture that fails is named, and the run goes on to its numbers."""
+    if RANK:
+        return
     try:
         plot(*args, **options)
     except Exception as error:
@@ -431,15 +498,24 @@ def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
     """
     try:
         main()
+        leave()
     except BrokenPipeError:  # of `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         sys.exit(141)
     except (*errors, RunError, FloatingPointError, OSError) as error:
+        speak()
         sys.exit(f"error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
+        speak()
+        if WORLD > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            ended = f"error: another process has ended{to_go_on(RUN)}"
+            sys.exit(f"{ended} ({shorten(one_line(error))})")
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         sys.exit(f"error: out of memory; make smaller: {sizes()} ({shorten(one_line(error))})")
+    except Exception:
+        speak()
+        raise
     finally:
         for name, module in list(sys.modules.items()):  # the next project of a notebook has its own
             own = Path(getattr(module, "__file__", None) or "").parent == PROJECT
@@ -492,6 +568,7 @@ def epochs(
         row = {"stage": stage, "epoch": epoch, "seconds": 0.0}
         yield row
         row["seconds"] = time.perf_counter() - began
+        row.update(first_of_all(row))
         check_finite(row, best)
         rows.append(row)
         history.append(row)
@@ -503,6 +580,7 @@ def epochs(
             saved = time.perf_counter()
         numbers = [f"{name} {x:.4g}" for name, x in row.items() if isinstance(x, (int, float))]
         print("  ".join([stage, *numbers]))
+    wait_for_all()
     parts[keep].load_state_dict(read_torch(run / f"{stage}.pt"))
 
 
@@ -554,8 +632,11 @@ def seed_everything(*parts: int | str) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename: a killed run leaves the old file or the new one whole.
 
-    Raises OSError that names the file; a full disk, too, leaves the old file whole.
+    Raises OSError that names the file; a full disk, too, leaves the old file whole. Of several
+    processes the first writes.
     """
+    if RANK:
+        return
     beside = path.with_name(path.name + ".tmp")
     try:
         beside.write_bytes(content)
@@ -567,6 +648,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def save(path: Path, state: Any) -> None:
     """`state` for `torch.load(path, weights_only=True)`."""
+    if RANK:
+        return
     buffer = io.BytesIO()
     torch.save(state, buffer)
     replace_file(path, buffer.getbuffer())
@@ -579,7 +662,7 @@ def read_torch(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle and torch each have their own
-        reason = shorten(str(error).split("\n")[0])
+        reason = shorten(str(error).split("\n")[0].split(". In PyTorch")[0])
         raise RunError(f"{path} is damaged; begin a new run ({reason})") from None
 
 
@@ -622,6 +705,171 @@ def read_rows(run: Path, stage: str) -> list[dict]:
     return [row for row in load_checkpoint(run, "", {}) if row["stage"] == stage]
 
 
+# --- several processes ------------------------------------------------------------------------
+#
+# torchrun starts WORLD processes, of which each runs the whole program: it draws the same numbers,
+# takes the part OWN of each batch and gets the same weights. The first writes, prints and draws
+# bars. In one process all of these functions do nothing.
+
+
+def meet() -> Path | None:
+    """Silences all processes but the first; the folder in which an earlier attempt of torchrun's
+    (--max_restarts) has begun, if any.
+    """
+    global STORE
+    from torch.distributed import TCPStore
+
+    first = RANK == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    STORE = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=first)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    run = Path(STORE.get("run").decode()) if ATTEMPT and STORE.check(["run"]) else None
+    return run if run and (run / "history.pt").exists() else None
+
+
+def agree_on_folder(run: Path) -> Path:
+    """The first process's, which torchrun's next attempt will find."""
+    global RUN
+    RUN = first_of_all(run)
+    if STORE is not None and RANK == 0:
+        STORE.set("run", str(run.resolve()))
+    return RUN
+
+
+def join_processes(device: str) -> None:
+    """From here on the processes work together: by NCCL, each on its own GPU, or by gloo."""
+    from torch import distributed
+
+    if WORLD == 1 or distributed.is_initialized():
+        return
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=distributed.PrefixStore(f"attempt {ATTEMPT}", STORE),
+        rank=RANK,
+        world_size=WORLD,
+        timeout=timedelta(days=1),  # of a download, on which all wait; torchrun ends what has died
+    )
+
+
+def leave() -> None:
+    if WORLD > 1 and torch.distributed.is_initialized():
+        wait_for_all()
+        torch.distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def one_first() -> Iterator[None]:
+    """The first process of a machine goes alone through the body, which downloads and fills caches;
+    then the others.
+    """
+    if LOCAL_RANK:
+        wait_for_all()
+    yield
+    if LOCAL_RANK == 0:
+        wait_for_all()
+
+
+def first_of_all(value: Any) -> Any:
+    """The first process's value."""
+    if WORLD == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, so wrapped that its gradients are the mean over the processes. On CUDA its batch
+    normalisation is that of the whole batch; gloo, on the CPU, has none, and there each process
+    normalises by its own part.
+    """
+    if WORLD == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 lacks the new name
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+class Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return WORLD * gradient  # each process's own part of it; `parallel` divides by WORLD
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes. After it and `parallel`, gradients are those of the whole batch
+    in one process.
+    """
+    return x if WORLD == 1 else Total.apply(x)
+
+
+def mean_of_all(loss: torch.Tensor, count: int) -> torch.Tensor:
+    """The mean over what all processes count, from this one's mean over `count`, which may be 0."""
+    if WORLD == 1:
+        return loss
+    loss, count = total(torch.stack((loss * count, loss.new_tensor(count)))).unbind()
+    return loss / count.clamp(min=1)
+
+
+def average_buffers(model: torch.nn.Module) -> None:
+    """Of batch normalisation: each process has its own mean and variance of an epoch."""
+    for buffer in model.buffers() if WORLD > 1 else ():
+        if buffer.is_floating_point():
+            buffer.copy_(total(buffer) / WORLD)
+
+
+def all_rows(own: torch.Tensor, count: int) -> torch.Tensor:
+    """All `count` rows, of which each process has its OWN."""
+    if WORLD == 1:
+        return own
+    rows = own.new_zeros(count, *own.shape[1:])
+    rows[OWN] = own
+    return total(rows)
+
+
+def gather(own: list) -> list:
+    """All items, which are on the CPU and of which each process has its OWN, in order."""
+    if WORLD == 1:
+        return own
+    parts = [None] * WORLD
+    torch.distributed.all_gather_object(parts, own)
+    items = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        items[rank::WORLD] = part
+    return items
+
+
+@contextlib.contextmanager
+def own_draws() -> Iterator[None]:
+    """What is drawn in here, as dropout, differs between the processes; what is drawn afterwards is
+    again the same in all.
+    """
+    if WORLD == 1:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.manual_seed(zlib.crc32(state.numpy().tobytes()) + RANK)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 # --- prediction -------------------------------------------------------------------------------
 
 
@@ -633,13 +881,15 @@ def start_predict(
     `parser` has the project's own flags; RUN, INPUT, --out_dir and --device are added. A mistake
     ends the program in one line, status 2.
     """
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
+    parser.error = lambda text: refuse(parser, text)
     parser.add_argument("run", metavar="RUN", type=user_path, help="a run's folder or its model.pt")
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files and folders")
     place = "where the folder of results is made (RUN/predictions)"
     parser.add_argument("--out_dir", metavar="DIR", type=user_path, help=place)
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (auto)")
     given = parser.parse_args(argv)
+    if WORLD > 1:
+        parser.error("predict.py runs in one process: start it without torchrun")
     try:
         device = torch.device(choose_device(given.device))
         path = given.run / "model.pt" if given.run.is_dir() else given.run

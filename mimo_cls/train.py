@@ -16,14 +16,20 @@ from statistics import mean, median
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
+    OWN,
     Batch,
     Decay,
     Epochs,
     Rate,
     Seed,
+    all_rows,
+    average_buffers,
     epochs,
     finish_run,
+    mean_of_all,
+    one_first,
     open_run,
+    parallel,
     read_rows,
     run_main,
     save,
@@ -136,8 +142,9 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    config, run, device = start_run(Config, __doc__)
-    data = load_data(config).to(device)
+    config, run, device = start_run(Config, __doc__, several=True)
+    with one_first():
+        data = load_data(config).to(device)
     open_run(run, config, data.name, data.train, data.val, data.test, data.strange)
     metrics = {"overhead": count_cost(data, config)}
     arms = {name: [] for name in plans(config, 0)}
@@ -237,10 +244,11 @@ def fit(plan: Plan, data: Data, config: Config, run: Path) -> MimoWideResNet:
         nesterov=True,
         weight_decay=config.weight_decay,
     )
-    parts = {"model": model, "optimizer": optimizer}
+    parts, trained = {"model": model, "optimizer": optimizer}, parallel(model)
     for row in epochs(run, plan.name, parts, config.epochs, config.seed, best=("val_nll", min)):
         began = time.perf_counter()
-        row["train_loss"] = train_one_epoch(model, optimizer, plan, data, config, row["epoch"])
+        row["train_loss"] = train_one_epoch(trained, optimizer, plan, data, config, row["epoch"])
+        average_buffers(model)
         row["train_seconds"] = time.perf_counter() - began
         row |= evaluate(predict(model, data.val.x), data.val.y)
     return model
@@ -265,7 +273,7 @@ def train_one_epoch(
             group["lr"] = learning_rate(config, epoch - 1 + (step + 1) / steps)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(x)
-        loss = mimo_loss(logits.float(), y)
+        loss = mean_of_all(mimo_loss(logits.float(), y), len(y))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -289,6 +297,7 @@ def epoch_batches(plan: Plan, data: Data, config: Config) -> Iterator[tuple[Tens
             input_repetition=plan.input_repetition,
             batch_repetition=config.batch_repetition if plan.members > 1 else 1,
             mirror=data.mirror,
+            part=OWN,
         )
 
 
@@ -307,8 +316,9 @@ def learning_rate(config: Config, epochs: float) -> float:
 def predict(model: MimoWideResNet, x: Tensor) -> Tensor:
     """log p_m (N, M, C) in double precision of uint8 images (N, 3, H, W), all of them in order."""
     model.eval()
-    batches = testing_batches(x, 250, model.members)
-    return torch.cat([model(part) for part in batches]).double().log_softmax(-1)
+    batches = testing_batches(x[OWN], 250, model.members)
+    logits = torch.cat([model(part) for part in batches])
+    return all_rows(logits, len(x)).double().log_softmax(-1)
 
 
 def evaluate(log_probs: Tensor, y: Tensor) -> dict[str, float]:

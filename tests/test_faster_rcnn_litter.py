@@ -766,7 +766,7 @@ def test_a_box_moves_with_its_picture():
     x[:, 20:40, 15:55] = 255
     y, shapes = target([[15, 20, 55, 40]]), set()
     for _ in range(60):
-        picture, moved = data.augment(x, y, jitter=1.5)
+        picture, moved = data.augment(x, y, 1.5, torch.rand(4).tolist())
         shapes.add(picture.shape)
         assert picture.shape[1] <= 60 and picture.shape[2] <= 90
         rows, columns = (picture[0] > 0.5).nonzero().T
@@ -778,7 +778,8 @@ def test_a_box_moves_with_its_picture():
 def test_a_box_that_is_nearly_cut_off_goes():
     torch.manual_seed(0)
     x, y = torch.zeros(3, 60, 60, dtype=torch.uint8), target([[0, 0, 6, 6]])
-    kept = [len(data.augment(x, y, jitter=2.0)[1]["boxes"]) for _ in range(40)]
+    draws = torch.rand(40, 4).tolist()
+    kept = [len(data.augment(x, y, 2.0, four)[1]["boxes"]) for four in draws]
     assert set(kept) == {0, 1}
 
 
@@ -1129,7 +1130,7 @@ def test_two_steps_are_those_of_adamw_by_hand_and_their_average():
     first, second = (dict.fromkeys(names, 0.0) for _ in range(2))
     mean, total, seen = {}, 0.0, []
     rates = [0.01 * 1 / 2, 0.01]  # half a warm-up of one step, then the top of the cosine
-    for step, ((x, y), rate) in enumerate(zip(drawn, rates, strict=True), start=1):
+    for step, ((x, y, _), rate) in enumerate(zip(drawn, rates, strict=True), start=1):
         seen += [len(x)]
         loss = sum(mine(x, y).values())
         total += loss.item() * len(x)
@@ -1171,14 +1172,15 @@ def test_pretrained_weights_learn_by_sgd_with_momentum_at_their_own_rate():
 def test_an_epoch_holds_every_picture_once_in_an_order_that_changes(monkeypatch):
     pictures, orders = some_split(), []
     pictures.ignored[1] = torch.tensor([[50.0, 50, 60, 60]])
-    monkeypatch.setattr(data, "augment", lambda x, y, jitter: (x.float() / 255, y))
+    monkeypatch.setattr(data, "augment", lambda x, y, *_: (x.float() / 255, y))
     for seed in (0, 1):
         torch.manual_seed(seed)
         drawn = list(data.training_batches(pictures, 3, 1.0, torch.device("cpu")))
-        for x, one in ((x, one) for batch in drawn for x, one in zip(*batch, strict=True)):
+        pairs = [pair for x, y, _ in drawn for pair in zip(x, y, strict=True)]
+        for x, one in pairs:
             grey = bool((x[:, 50:60, 50:60] == 128 / 255).all())
             assert grey == (one["boxes"][0, 0].item() == 4)  # nothing is learned from there
-        left = [one["boxes"][0, 0].item() for _, y in drawn for one in y]
+        left = [one["boxes"][0, 0].item() for _, one in pairs]
         assert sorted(left) == [0, 4, 8, 12]
         orders.append(left)
     assert orders[0] != orders[1]

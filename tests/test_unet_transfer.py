@@ -760,9 +760,9 @@ def test_stages_are_given_their_data_rates_and_validation(task, mirror, tmp_path
     stages, models, groups, drawn = {}, {}, {}, []
     task, draw = task._replace(mirror=mirror), train_py.training_batches
 
-    def watch(examples, batch_size, steps, *, mirror):
+    def watch(examples, batch_size, steps, *, mirror, part):
         drawn.append(mirror)
-        return draw(examples, batch_size, steps, mirror=mirror)
+        return draw(examples, batch_size, steps, mirror=mirror, part=part)
 
     monkeypatch.setattr(train_py, "training_batches", watch)
     real = {"classes": train_py.evaluate_classes, "masks": train_py.evaluate_masks}

@@ -687,14 +687,18 @@ def to_segments(
 
 
 def training_batches(
-    examples: Examples, batch_size: int, steps: int, *, mirror: bool
+    examples: Examples, batch_size: int, steps: int, *, mirror: bool, part: slice = slice(None)
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented float images (B, 3, H, W) in [0, 1] and targets; all occur once, then again."""
+    """Augmented float images (B, 3, H, W) in [0, 1] and targets; all occur once, then again. Of
+    each batch only `part`, which is the same whatever the other parts are.
+    """
     count = len(examples.x)
     rounds = math.ceil(steps * batch_size / count)
     order = torch.cat([torch.randperm(count) for _ in range(rounds)])[: steps * batch_size]
     for chosen in order.to(examples.x.device).split(batch_size):
-        yield augment(examples.x[chosen].float() / 255, examples.y[chosen].long(), mirror=mirror)
+        x, y = examples.x[chosen].float() / 255, examples.y[chosen].long()
+        x, y = augment(x, y, mirror=mirror)
+        yield x[part], y[part]
 
 
 def batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

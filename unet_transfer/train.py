@@ -18,6 +18,7 @@ from statistics import mean, median, stdev
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
+    OWN,
     Batch,
     Count,
     Decay,
@@ -26,15 +27,20 @@ from run import (
     Rate,
     Seed,
     Width,
+    average_buffers,
     epochs,
     finish_run,
+    mean_of_all,
+    one_first,
     open_run,
+    parallel,
     read_rows,
     run_main,
     save,
     seed_everything,
     start_run,
     sum_losses,
+    total,
     try_plot,
 )
 
@@ -119,8 +125,9 @@ class Compared(NamedTuple):
 
 
 def main() -> None:
-    config, run, device = start_run(Config, __doc__)
-    task = load_task(config, device)
+    config, run, device = start_run(Config, __doc__, several=True)
+    with one_first():
+        task = load_task(config, device)
     open_run(run, config, task.name, task.classification, task.segmentation)
     compared = compare(task, config, run, mask_count=config.mask_count, seed=config.seed)
     metrics = compared.metrics
@@ -229,8 +236,8 @@ def pretraining(task: Task, classifier: Classifier, config: Config, seed: int) -
         epochs=config.pretrain_epochs,
         steps=steps,
         groups=[{"params": classifier.parameters(), "lr": config.pretrain_lr}],
-        batches=lambda: training_batches(train, batch_size, steps, mirror=mirror),
-        loss=F.cross_entropy,
+        batches=lambda: training_batches(train, batch_size, steps, mirror=mirror, part=OWN),
+        loss=lambda logits, y: mean_of_all(F.cross_entropy(logits, y), len(y)),
         evaluate=partial(evaluate_classes, examples=val, batch_size=batch_size),
         score="accuracy",
     )
@@ -252,11 +259,16 @@ def segmentation(
         epochs=epochs,
         steps=steps,
         groups=[{"params": module.parameters(), "lr": lr} for module, lr in rates.items()],
-        batches=lambda: training_batches(masks, batch_size, steps, mirror=task.mirror),
-        loss=lambda logits, y: segmentation_loss(loss_sums(logits, y, IGNORE)),
+        batches=lambda: training_batches(masks, batch_size, steps, mirror=task.mirror, part=OWN),
+        loss=lambda logits, y: segmentation_loss(sums_of_all(loss_sums(logits, y, IGNORE))),
         evaluate=partial(evaluate_masks, examples=task.segmentation.val, batch_size=batch_size),
         score="miou",
     )
+
+
+def sums_of_all(sums: LossSums) -> LossSums:
+    """Over the parts of a batch, or of a data set, that the processes have."""
+    return LossSums(*map(total, sums))
 
 
 def step_flops(model: nn.Module, stage: Stage) -> int:
@@ -265,19 +277,20 @@ def step_flops(model: nn.Module, stage: Stage) -> int:
     x, y = next(stage.batches())
     with FlopCounterMode(display=False) as counter:
         stage.loss(trial(x), y).backward()
-    return counter.get_total_flops()
+    return int(total(torch.tensor(counter.get_total_flops(), device=x.device)))
 
 
 def fit(model: nn.Module, stage: Stage, config: Config, run: Path, seed: int) -> list[dict]:
     """Leaves the weights of the best validation score in `model`; returns a row per epoch."""
     optimizer = torch.optim.AdamW(stage.groups, weight_decay=config.weight_decay)
-    peaks, total = [group["lr"] for group in stage.groups], stage.epochs * stage.steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total)
+    peaks, steps = [group["lr"] for group in stage.groups], stage.epochs * stage.steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    best = (f"val_{stage.score}", max)
+    best, trained = (f"val_{stage.score}", max), parallel(model)
     for row in epochs(run, stage.name, parts, stage.epochs, seed, best=best):
         began, label = time.perf_counter(), f"{stage.name} epoch {row['epoch']}"
-        row["train_loss"] = train_one_epoch(model, stage, optimizer, schedule, label)
+        row["train_loss"] = train_one_epoch(trained, stage, optimizer, schedule, label)
+        average_buffers(model)
         row["train_seconds"] = time.perf_counter() - began
         numbers = stage.evaluate(model)
         row |= {f"val_{name}": x for name, x in numbers.items() if isinstance(x, float)}
@@ -310,15 +323,21 @@ def train_one_epoch(
 # --- evaluation -------------------------------------------------------------------------------
 
 
+def own_examples(examples: Examples) -> Examples:
+    """Those of this process."""
+    return Examples(*(part[OWN] for part in examples))
+
+
 @torch.no_grad()
 def evaluate_classes(model: nn.Module, examples: Examples, batch_size: int) -> dict:
     """Cross-entropy in nats and accuracy, each a sum over all images divided by their number."""
     model.eval()
     loss, correct = 0.0, 0
-    for x, y in batches(examples, batch_size):
+    for x, y in batches(own_examples(examples), batch_size):
         logits = model(x)
         loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
         correct = correct + (logits.argmax(1) == y).sum()
+    loss, correct = total(loss), total(correct)
     return {"loss": float(loss) / len(examples.x), "accuracy": float(correct) / len(examples.x)}
 
 
@@ -327,12 +346,13 @@ def evaluate_masks(model: nn.Module, examples: Examples, batch_size: int) -> dic
     """Loss and segmentation_metrics, from sums over the pixels of all images."""
     model.eval()
     sums, confusion = None, 0
-    for x, y in batches(examples, batch_size):
+    for x, y in batches(own_examples(examples), batch_size):
         logits = model(x)
         new = loss_sums(logits.double(), y, IGNORE)
         sums = new if sums is None else LossSums(*map(torch.add, sums, new))
         confusion = confusion + confusion_matrix(logits.argmax(1), y, logits.shape[1], IGNORE)
-    return {"loss": float(segmentation_loss(sums))} | segmentation_metrics(confusion)
+    loss = float(segmentation_loss(sums_of_all(sums)))
+    return {"loss": loss} | segmentation_metrics(total(confusion))
 
 
 @torch.no_grad()
