@@ -4,8 +4,9 @@ A setting has to end in one of three ways: the tiny run of the project's tests e
 metrics.json holds no NaN; one line on stderr and status 2 (the setting) or 1 (the data, memory).
 Anything else is printed: a traceback, an abort. What is refused costs nothing, as the settings are
 read in this process; of the values that are accepted as other settings each is tried, or only the
-two smallest and the two largest numbers (`--few`), in a fork of 6 GiB that ends after `--seconds`.
-What is still at work then is printed with the place, for a reader to judge: a hang, or long work.
+smallest and the two largest numbers and three texts (`--few`), in a fork of 6 GiB that draws no
+pictures and ends after `--seconds`. What is still at work then is printed with the place, for a
+reader to judge: a hang, or long work. Paths and texts are tried with a data set that reads them.
 """
 
 import argparse
@@ -33,6 +34,11 @@ NUMBERS = [
     *("1e-300", "1e-30", "0.9999", "0.5", "1e3", "-0.5", "nan", "inf", "-inf", "0x10", "1_0"),
 ]
 TEXTS = ["", " ", "none", "true", "a,b", "é", "\u0000x", "x" * 100_000, "[", "..", "/dev/null", "~"]
+OWN = {  # what a user's own data are called, if not folder
+    "bert_mlm": "csv",
+    "carlini_wagner": "images",
+    "semi_supervised_clustering": "csv",
+}
 LISTS = ["1", "1,1", "0,1", "1,2,3,4,5,6,7,8,9", ",", "1,", "1000000000,1", "nan,1"]
 
 
@@ -43,10 +49,17 @@ def values_for(kind: object) -> list[str]:
     return NUMBERS + TEXTS[:6] if "int" in text or "float" in text else TEXTS + NUMBERS[:6]
 
 
-def accepted(modules: object, project: str, key: str, few: bool) -> tuple[list[str], int, list]:
-    """Values of `key` that give settings unlike the tiny run's, how many are refused, faults."""
+def flags_for(modules: object, project: str, key: str) -> dict[str, str]:
+    """The tiny run's, with one's own data if the key is a path or a text."""
     tiny = importlib.import_module(f"test_{project}").TINY
-    base = {name[2:]: str(text) for name, text in zip(tiny[::2], tiny[1::2], strict=True)}
+    flags = {name[2:]: str(text) for name, text in zip(tiny[::2], tiny[1::2], strict=True)}
+    if str(modules.train.Config.__annotations__[key]) in ("<class 'str'>", str(Path)):
+        flags["dataset"] = OWN.get(project, "folder")
+    return flags
+
+
+def accepted(modules: object, base: dict, key: str, few: bool) -> tuple[list[str], int, list]:
+    """Values of `key` that give settings unlike `base`'s, how many are refused, faults."""
     kinds = modules.run.get_type_hints(modules.train.Config, include_extras=True)
 
     def read(flags: dict[str, str]) -> object:
@@ -63,12 +76,12 @@ def accepted(modules: object, project: str, key: str, few: bool) -> tuple[list[s
         except Exception as error:
             faults.append((value, f"FAULT {type(error).__name__}: {error}"))
     del found[next(iter(found))]
-    numbers = sorted(
-        (value for config, value in found.items() if type(getattr(config, key)) in (int, float)),
-        key=float,
-    )
-    left_out = set(numbers[2:-2]) if few else set()
-    return [value for value in found.values() if value not in left_out], refused, faults
+    numbers = [v for config, v in found.items() if type(getattr(config, key)) in (int, float)]
+    texts = [value for value in found.values() if value not in numbers]
+    numbers.sort(key=float)
+    if few:
+        numbers, texts = numbers[:1] + numbers[1:][-2:], texts[:3]
+    return numbers + texts, refused, faults
 
 
 def attempt(modules: object, flags: list[str], seconds: int, folder: Path) -> None:
@@ -78,6 +91,7 @@ def attempt(modules: object, flags: list[str], seconds: int, folder: Path) -> No
     sys.stderr = (folder / "errors").open("w")
     os.dup2(sys.stderr.fileno(), 2)
     faulthandler.dump_traceback_later(seconds, exit=True)
+    modules.train.try_plot = lambda *_, **__: None  # a picture that fails costs no run
     status = 0
     try:
         modules.run.run_main(lambda: call(modules.train, *flags), modules.data.DataError)
@@ -129,22 +143,23 @@ def main() -> None:
     for project in given.projects or sorted(
         path.parent.name for path in ROOT.glob("*/config.yaml")
     ):
-        tiny = importlib.import_module(f"test_{project}").TINY
         modules, counts = load_project(project), Counter()
         keys = given.keys.split(",") if given.keys else list(modules.train.Config.__annotations__)
         tries = []
         for key in keys:
-            values, refused, faults = accepted(modules, project, key, given.few)
+            base = flags_for(modules, project, key)
+            values, refused, faults = accepted(modules, base, key, given.few)
             counts["refused"] += refused
             counts["FAULT"] += len(faults)
-            tries += [(key, value) for value in values if key != "out_dir"]
+            tries += [(base, key, value) for value in values if key != "out_dir"]
             for value, fault in faults:
                 print(f"{project} --{key} {value[:40]!r}: {fault}", flush=True)
-        for key, value in tqdm(tries, project, disable=None):
+        for base, key, value in tqdm(tries, project, disable=None):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 if not (child := os.fork()):
-                    flags = [*tiny, f"--{key}={value}", "--out_dir", name]
+                    texts = base | {key: value, "out_dir": name}
+                    flags = [f"--{name}={text}" for name, text in texts.items()]
                     attempt(modules, flags, given.seconds, folder)
                 found = outcome(os.waitpid(child, 0)[1], folder)
             counts[found.split(" in ")[0].split()[0]] += 1
