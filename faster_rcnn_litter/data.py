@@ -136,6 +136,8 @@ def open_picture(path: Path) -> Image.Image:
     Raises DataError that names the file, whatever Pillow raises.
     """
     try:
+        if not path.is_file():  # of a named pipe, reading would never end
+            raise FileNotFoundError("there is no such file")
         with Image.open(path) as file:
             if file.width * file.height > 100_000_000:
                 raise ValueError(f"{file.width} x {file.height} pixels are too many")
@@ -143,6 +145,8 @@ def open_picture(path: Path) -> Image.Image:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 values = np.asarray(picture, dtype=np.float64)
                 low, high = values.min(), values.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("it holds values that are not finite")
                 scaled = (values - low) * (255 / max(high - low, 1e-12))
                 picture = Image.fromarray(scaled.round().astype(np.uint8))
             return picture.convert("RGB")
@@ -152,8 +156,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
-    found, seen = [], set()
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once, and
+    not to a folder that holds `folder`.
+    """
+    found, seen = [], set(map(str, folder.resolve().parents))
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         real = os.path.realpath(root)
@@ -163,6 +169,14 @@ def visible_files(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(root, name) for name in files if name[0] != "."]
     return sorted(found)
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """By which a cached file is known: path, length and time; a link to nothing has neither."""
+    with suppress(OSError):
+        about = path.stat()
+        return str(path), about.st_size, about.st_mtime_ns
+    return str(path), 0, 0
 
 
 def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
@@ -342,7 +356,7 @@ def load_folder(
         reason = f", only others as {others[0]}" if others else ""
         raise DataError(f"{folder}: expected CVAT-for-images xml or COCO json, found none{reason}")
     items, missing = locate(folder, found)
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns, one) for p, one in items]
+    stamps = [(*stamp(path), one) for path, one in items]
     key = (stamps, image_size, classes, DECODING)
     decoded = cached(folder, "decoded", key, lambda: decode_photos(items, image_size, classes))
     places, x, y, ignored, remarks = decoded
