@@ -389,7 +389,7 @@ def fixed_test_names(path: Path, names: list[str]) -> tuple[set[str], list[str]]
     """The photographs that the lines of test.txt name, with or without their folders and suffix;
     the lines that match none. A line may be a folder, too.
     """
-    if not path.is_file():
+    if not path.exists():
         return set(), []
     lines = [unicodedata.normalize("NFC", line.strip()) for line in read_text(path).splitlines()]
     lines = [line.removeprefix("./") for line in lines if line]
@@ -425,6 +425,8 @@ def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
             numbers = [value for box in one.boxes for value in box.corners]
             if not (min(one.size) > 0 and all(map(math.isfinite, [*one.size, *numbers]))):
                 raise DataError(f"{path}: image '{one.name}': impossible size or box")
+            if not isinstance(one.name, str):
+                raise DataError(f"{path}: image '{one.name}': expected a name")
         if own is None:
             others.append(path)
         else:
@@ -467,12 +469,12 @@ def read_coco(path: Path) -> list[Annotated] | None:
     """
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
+    except (DataError, json.JSONDecodeError, RecursionError):
         return None
     parts = {"images", "annotations", "categories"}
     if not isinstance(content, dict) or not parts <= content.keys():
         return None
-    labels = {kind["id"]: kind["name"] for kind in content["categories"]}
+    labels = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
     boxes = {image["id"]: [] for image in content["images"]}
     for one in content["annotations"]:
         left, top, width, height = map(float, one["bbox"])

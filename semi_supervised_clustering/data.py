@@ -135,7 +135,8 @@ def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) ->
         reasons = why_not_numbers(path, others)
         feature_columns = [name for name in others if name not in reasons]
         if not feature_columns:
-            raise DataError(f"{path}: no column but '{label_column}' holds numbers")
+            first = "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())[:200]
+            raise DataError(f"{path}: no column but '{label_column}' holds numbers{first}")
     else:
         feature_columns, reasons = [nfc(name) for name in feature_columns], {}
         if label_column in feature_columns:

@@ -139,7 +139,9 @@ def main() -> None:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--keys", default="", help="comma-separated; all")
+    parser.add_argument("--also", default="", help="as compare=false,epochs=1")
     given = parser.parse_args()
+    also = dict(pair.split("=") for pair in given.also.split(",") if pair)
     for project in given.projects or sorted(
         path.parent.name for path in ROOT.glob("*/config.yaml")
     ):
@@ -147,7 +149,7 @@ def main() -> None:
         keys = given.keys.split(",") if given.keys else list(modules.train.Config.__annotations__)
         tries = []
         for key in keys:
-            base = flags_for(modules, project, key)
+            base = flags_for(modules, project, key) | also
             values, refused, faults = accepted(modules, base, key, given.few)
             counts["refused"] += refused
             counts["FAULT"] += len(faults)

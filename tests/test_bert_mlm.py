@@ -405,6 +405,14 @@ def test_text_stays_text_and_rows_that_do_not_fit_are_named(tmp_path):
     assert re.search(r"2 rows left out, the first: .*a.csv: line 27 has 3 cells", tweets.note)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_are_separated_as_in_the_header(tmp_path, separator):
+    lines = [f'"tweet {n},\nmore; and more"{separator} en' for n in range(20)]
+    path = write_csv(tmp_path / "a.csv", lines, f"content {separator} language")
+    texts = [text for part in load(path, language="any")[1:4] for text in part]
+    assert len(texts) == 20 and {"tweet 0, more; and more"} < set(texts)
+
+
 @pytest.mark.parametrize(
     ("header", "lines", "changes", "complaint"),
     [
@@ -900,6 +908,12 @@ def test_plots_are_given_the_numbers_of_the_report(start, tmp_path, monkeypatch)
     assert [*given["plot_gaps"][0]] == ["fixed prompts", "improved most", "at random"]
     assert metrics["tweets"] == {"train": 40, "val": 12, "test": 14}
     assert [row["best"].keys() for row in prompts] == [trial.models.keys()] * 3
+
+
+def test_a_sentence_of_long_words_fits_its_line():
+    row = {"word": "a" * 3000, "text": ("b" * 3000, "c d " * 1000)}
+    line = load_project("bert_mlm").plots.sentence(row)
+    assert len(line) < 120 and f"____({'a' * 40})" in line
 
 
 def test_pictures_survive_the_least_data(tmp_path):

@@ -653,8 +653,10 @@ def test_json_files_of_another_kind_do_not_hinder(tmp_path):
     (folder / "metrics.json").write_text("{}")
     (folder / "broken.json").write_text("{")
     (folder / "captions.json").write_text('{"images": [], "annotations": []}')
+    (folder / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    (folder / "lost.json").symlink_to("nothing.json")
     found = load(folder)
-    assert "3 files are no annotations, as broken.json" in found.note
+    assert "5 files are no annotations, as broken.json" in found.note
     assert len(all_of(found)) == 28
 
 
@@ -687,6 +689,18 @@ def test_a_crowd_is_ignored_and_grey_in_training(tmp_path):
     assert found.train.ignored[place].tolist() == [[0, 0, 8, 8]]
     x = data.without_ignored(found.train, place)
     assert (x[:, :8, :8] == 128).all() and torch.equal(x[:, 8:], found.train.x[place][:, 8:])
+
+
+def test_a_coco_image_without_a_name_and_a_test_txt_that_is_none_are_named(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    (folder / "test.txt").mkdir()
+    with pytest.raises(data.DataError, match=r"test.txt: expected a text"):
+        load(folder)
+    content = {"images": [{"id": 1, "file_name": None, "width": 64, "height": 48}]}
+    content |= {"annotations": [], "categories": []}
+    (folder / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(data.DataError, match=r"coco.json: image 'None': expected a name"):
+        load(folder)
 
 
 def test_annotations_may_lie_beside_the_photographs_folder(tmp_path):
