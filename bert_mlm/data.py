@@ -6,6 +6,7 @@ csv      one's own csv of tweets
 
 import ast
 import csv
+import os
 import re
 import sys
 import sysconfig
@@ -285,7 +286,7 @@ def find_model(
     """
     from huggingface_hub import constants
 
-    for folder in (Path(name).expanduser(), data_dir / "checkpoints" / name):
+    for folder in (Path(os.path.expanduser(name)), data_dir / "checkpoints" / name):
         if folder.is_dir():
             return load_pretrained(str(folder), local=True, dropout=dropout)
     try:

@@ -479,7 +479,7 @@ def find_photographs(sources: tuple[str, ...], data_dir: Path) -> Iterator[Path]
 
 def find_file(name: str, data_dir: Path) -> Path:
     """The path `name` if there is such a file or folder, else that in `data_dir`."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path if path.exists() else data_dir / path
 
 

@@ -689,7 +689,7 @@ def find_program(name: str, data_dir: Path) -> bytes:
 
     Raises DataError if it is not there, or holds pickled objects: their code would run.
     """
-    paths = [Path(name).expanduser(), data_dir / "checkpoints" / name]
+    paths = [Path(os.path.expanduser(name)), data_dir / "checkpoints" / name]
     found = [path for path in paths if path.is_file()]
     if not found:
         raise DataError(f"resnet: there is neither {paths[0]} nor {paths[1]}")

@@ -315,6 +315,10 @@ def load_scenes(data_dir: Path, counts: tuple[int, ...], draw: Callable, options
         )
         for split, (x, y, confounders) in zip(SPLITS, parts, strict=True)
     ]
+    for split, one in zip(SPLITS, splits, strict=True):
+        if not any(len(y["boxes"]) for y in one.y):
+            few = f"no drawn scene of the split '{split}' has a box"
+            raise DataError(f"image_size, scene_counts: {few}; larger ones are needed")
     note = "data: scenes drawn by the project (for photographs see litter.yaml)"
     return Data("scenes", options["classes"], *splits, note)
 

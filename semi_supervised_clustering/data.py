@@ -162,7 +162,7 @@ def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) ->
 def find_tables(inputs: list[str]) -> list[Path]:
     """Files, and the csv files in folders and below. Raises DataError if there is none."""
     tables = []
-    for path in (Path(text).expanduser() for text in inputs):
+    for path in (Path(os.path.expanduser(text)) for text in inputs):
         if not path.is_dir():
             tables.append(path)
         for folder, _, names in sorted(os.walk(path, followlinks=True)):

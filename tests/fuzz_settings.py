@@ -4,7 +4,7 @@ A setting has to end in one of three ways: the tiny run of the project's tests e
 metrics.json holds no NaN; one line on stderr and status 2 (the setting) or 1 (the data, memory).
 Anything else is printed: a traceback, an abort. What is refused costs nothing, as the settings are
 read in this process; of the values that are accepted as other settings each is tried, or only the
-smallest and the two largest numbers and three texts (`--few`), in a fork of 6 GiB that draws no
+smallest and the largest number and two texts (`--few`), in a fork of 6 GiB that draws no
 pictures and ends after `--seconds`. What is still at work then is printed with the place, for a
 reader to judge: a hang, or long work. Paths and texts are tried with a data set that reads them.
 """
@@ -80,7 +80,7 @@ def accepted(modules: object, base: dict, key: str, few: bool) -> tuple[list[str
     texts = [value for value in found.values() if value not in numbers]
     numbers.sort(key=float)
     if few:
-        numbers, texts = numbers[:1] + numbers[1:][-2:], texts[:3]
+        numbers, texts = numbers[:1] + numbers[1:][-1:], texts[:2]
     return numbers + texts, refused, faults
 
 
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--keys", default="", help="comma-separated; all")
+    parser.add_argument("--without", default="", help="comma-separated keys")
     parser.add_argument("--also", default="", help="as compare=false,epochs=1")
     given = parser.parse_args()
     also = dict(pair.split("=") for pair in given.also.split(",") if pair)
@@ -147,6 +148,7 @@ def main() -> None:
     ):
         modules, counts = load_project(project), Counter()
         keys = given.keys.split(",") if given.keys else list(modules.train.Config.__annotations__)
+        keys = [key for key in keys if key not in given.without.split(",")]
         tries = []
         for key in keys:
             base = flags_for(modules, project, key) | also

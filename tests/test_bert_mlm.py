@@ -1056,10 +1056,18 @@ def test_predict_reads_stdin_and_names_what_it_leaves_out(tmp_path, run_folder, 
         ("no.csv", "no.csv"),
         ("no.txt", "no.txt"),
         (tmp_path / "w.txt", "w.txt"),
+        (tmp_path, "found a folder"),
+        ("雪", "there is no text to work on; '雪'"),
     ):
         (tmp_path / "w.txt").write_bytes(b"sch\xf6n")
         with pytest.raises(data.DataError, match=complaint):
             predict(run_folder, tmp_path, bad)
+
+
+def test_predict_takes_texts_that_are_no_paths(tmp_path, run_folder):
+    texts = ["~nobody needs water", "water " * 60, "a/b\0c"]
+    _, _, rows = predict(run_folder, tmp_path, *texts)
+    assert {row["text"] for row in rows} == set(texts)
 
 
 # --- starts that fail -----------------------------------------------------------------------------

@@ -818,6 +818,12 @@ def test_bad_data_is_an_error_and_leaves_no_folder(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_scenes_too_small_for_a_box_are_named(tmp_path):
+    flags = [*TINY, "--image_size", 33, "--data_dir", tmp_path, "--out_dir", tmp_path / "out"]
+    with pytest.raises(load_project(PROJECT).data.DataError, match="image_size, scene_counts"):
+        train(PROJECT, *flags, "--scene_counts", "2,2,2")
+
+
 def test_without_comparison_the_untrained_network_is_not_tested(tmp_path):
     folder = train(PROJECT, *TINY, "--epochs", 1, "--compare", "false", "--out_dir", tmp_path)
     report = json.loads((folder / "metrics.json").read_text())
@@ -881,6 +887,8 @@ def test_predictions_are_those_of_the_evaluation_whatever_the_photograph(tmp_pat
     rows = {row["file"]: row for row in read_rows(out / "predictions.csv")}
     assert set(rows) == {"a/one.png", "b/one.png", "alpha $.png", "grey.png", "turned.png"}
     assert "1 could not be read, the first: " in output and "broken.png" in output
+    with pytest.raises(modules.data.DataError, match=r"no photograph could be read.*broken.png"):
+        call(modules.predict, folder, photos / "broken.png", "--out_dir", tmp_path / "none")
     assert {path.relative_to(out / "pictures").as_posix() for path in out.rglob("*.png")} == {
         f"{name}.png" for name in rows
     }
