@@ -80,7 +80,7 @@ def reconstruct(autoencoder: Autoencoder, pca: Pca, inputs: list[str], folder: P
     for reason in bad:
         tqdm.write(f"left out: {reason}")
     if not codes:
-        raise DataError("no picture could be read")
+        raise DataError(f"no picture could be read, the first: {bad[0]}")
     codes = np.concatenate(codes)
     np.save(folder / "codes.npy", codes)
     title = "pictures as the networks see them, and what comes back"

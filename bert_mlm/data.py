@@ -6,6 +6,7 @@ csv      one's own csv of tweets
 
 import ast
 import csv
+import os
 import re
 import sys
 import sysconfig
@@ -95,8 +96,10 @@ def read_columns(path: Path, columns: list[str], bad: list[str]) -> Iterator[lis
     line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, strict=True)
-            header = next(table, [])
+            separator = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            table = csv.reader(file, delimiter=separator, strict=True)
+            header = [name.strip() for name in next(table, [])]
             places = find_columns(path, header, columns)
             for row in table:
                 line, cells = table.line_num, len(row)
@@ -124,8 +127,8 @@ def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]
         if header.count(column) != 1:
             there = ", ".join(header)[:200]
             hint = " (--language any takes all rows)" if column == "language" else ""
-            count = "two columns" if column in header else "no column"
-            raise DataError(f"{path}: there is {count} '{column}' among {there}{hint}")
+            count = "are two columns" if column in header else "is no column"
+            raise DataError(f"{path}: there {count} '{column}' among {there}{hint}")
     return [header.index(column) for column in columns]
 
 
@@ -283,7 +286,7 @@ def find_model(
     """
     from huggingface_hub import constants
 
-    for folder in (Path(name).expanduser(), data_dir / "checkpoints" / name):
+    for folder in (Path(os.path.expanduser(name)), data_dir / "checkpoints" / name):
         if folder.is_dir():
             return load_pretrained(str(folder), local=True, dropout=dropout)
     try:

@@ -124,7 +124,7 @@ def plot_gaps(sections: dict[str, list[dict]], title: str, path: Path) -> None:
 
 def sentence(row: dict, most: int = 100) -> str:
     """On one line, the gap with the word that stood there, cut off far from it."""
-    gap = f"____({row['word']})" if row["word"] else "____"
+    gap = f"____({row['word'][:40]})" if row["word"] else "____"
     before, after = (" ".join(part.split()) for part in row["text"])
     side = (most - len(gap)) // 2
     before = before if len(before) <= side else f"...{before[-side:]}"

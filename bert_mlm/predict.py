@@ -10,6 +10,7 @@ the pseudo-log-likelihood (Salazar et al. 2020) goes to surprise.csv, the most s
 
 import argparse
 import csv
+import os
 import sys
 import tempfile
 from array import array
@@ -42,6 +43,8 @@ def main() -> None:
     bad = []
     texts = read_inputs(given.inputs, given.text_column, bad)
     gaps, surprise = predict(model, tokenizer, texts, saved, folder, bad)
+    if not gaps and not surprise:
+        raise DataError(f"there is no text to work on{f'; {bad[0]}' if bad else ''}")
     report(gaps, surprise, bad, folder)
 
 
@@ -61,15 +64,17 @@ def load_model(saved: dict) -> tuple[nn.Module, object]:
 
 def read_inputs(inputs: list[str], text_column: str, bad: list[str]) -> Iterator[str]:
     """Texts one by one: an input is a csv, another file with a text per line, `-` (stdin), or a
-    text itself. Raises DataError that names a file that cannot be read.
+    text itself. Raises DataError that names a file that cannot be read, or a folder.
     """
     for given in inputs or ["-"]:
-        path = Path(given).expanduser() if len(given) < 1000 else None
+        path = Path(os.path.expanduser(given))
         if given == "-":
             yield from (line.rstrip("\n") for line in sys.stdin)
-        elif path and path.suffix.lower() == ".csv":
+        elif os.path.isdir(path):
+            raise DataError(f"{given}: expected a csv, a file of texts or a text, found a folder")
+        elif path.suffix.lower() == ".csv":
             yield from (row[0] for row in read_columns(path, [text_column], bad))
-        elif path and (path.suffix.lower() == ".txt" or path.is_file()):
+        elif path.suffix.lower() == ".txt" or os.path.isfile(path):  # no error of a long text
             yield from read_lines(path)
         else:
             yield given

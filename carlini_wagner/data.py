@@ -125,6 +125,8 @@ def open_picture(path: Path) -> Image.Image:
     Raises DataError that names the file, whatever Pillow raises.
     """
     try:
+        if not path.is_file():  # of a named pipe, reading would never end
+            raise FileNotFoundError("there is no such file")
         with Image.open(path) as file:
             if file.width * file.height > 100_000_000:
                 raise ValueError(f"{file.width} x {file.height} pixels are too many")
@@ -132,6 +134,8 @@ def open_picture(path: Path) -> Image.Image:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 values = np.asarray(picture, dtype=np.float64)
                 low, high = values.min(), values.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("it holds values that are not finite")
                 scaled = (values - low) * (255 / max(high - low, 1e-12))
                 picture = Image.fromarray(scaled.round().astype(np.uint8))
             return picture.convert("RGB")
@@ -141,8 +145,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
-    found, seen = [], set()
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once, and
+    not to a folder that holds `folder`.
+    """
+    found, seen = [], set(map(str, folder.resolve().parents))
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         real = os.path.realpath(root)
@@ -473,7 +479,7 @@ def find_photographs(sources: tuple[str, ...], data_dir: Path) -> Iterator[Path]
 
 def find_file(name: str, data_dir: Path) -> Path:
     """The path `name` if there is such a file or folder, else that in `data_dir`."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path if path.exists() else data_dir / path
 
 

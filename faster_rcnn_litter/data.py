@@ -136,6 +136,8 @@ def open_picture(path: Path) -> Image.Image:
     Raises DataError that names the file, whatever Pillow raises.
     """
     try:
+        if not path.is_file():  # of a named pipe, reading would never end
+            raise FileNotFoundError("there is no such file")
         with Image.open(path) as file:
             if file.width * file.height > 100_000_000:
                 raise ValueError(f"{file.width} x {file.height} pixels are too many")
@@ -143,6 +145,8 @@ def open_picture(path: Path) -> Image.Image:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 values = np.asarray(picture, dtype=np.float64)
                 low, high = values.min(), values.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("it holds values that are not finite")
                 scaled = (values - low) * (255 / max(high - low, 1e-12))
                 picture = Image.fromarray(scaled.round().astype(np.uint8))
             return picture.convert("RGB")
@@ -152,8 +156,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
-    found, seen = [], set()
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once, and
+    not to a folder that holds `folder`.
+    """
+    found, seen = [], set(map(str, folder.resolve().parents))
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         real = os.path.realpath(root)
@@ -163,6 +169,14 @@ def visible_files(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(root, name) for name in files if name[0] != "."]
     return sorted(found)
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """By which a cached file is known: path, length and time; a link to nothing has neither."""
+    with suppress(OSError):
+        about = path.stat()
+        return str(path), about.st_size, about.st_mtime_ns
+    return str(path), 0, 0
 
 
 def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
@@ -301,6 +315,10 @@ def load_scenes(data_dir: Path, counts: tuple[int, ...], draw: Callable, options
         )
         for split, (x, y, confounders) in zip(SPLITS, parts, strict=True)
     ]
+    for split, one in zip(SPLITS, splits, strict=True):
+        if not any(len(y["boxes"]) for y in one.y):
+            few = f"no drawn scene of the split '{split}' has a box"
+            raise DataError(f"image_size, scene_counts: {few}; larger ones are needed")
     note = "data: scenes drawn by the project (for photographs see litter.yaml)"
     return Data("scenes", options["classes"], *splits, note)
 
@@ -342,7 +360,7 @@ def load_folder(
         reason = f", only others as {others[0]}" if others else ""
         raise DataError(f"{folder}: expected CVAT-for-images xml or COCO json, found none{reason}")
     items, missing = locate(folder, found)
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns, one) for p, one in items]
+    stamps = [(*stamp(path), one) for path, one in items]
     key = (stamps, image_size, classes, DECODING)
     decoded = cached(folder, "decoded", key, lambda: decode_photos(items, image_size, classes))
     places, x, y, ignored, remarks = decoded
@@ -375,7 +393,7 @@ def fixed_test_names(path: Path, names: list[str]) -> tuple[set[str], list[str]]
     """The photographs that the lines of test.txt name, with or without their folders and suffix;
     the lines that match none. A line may be a folder, too.
     """
-    if not path.is_file():
+    if not path.exists():
         return set(), []
     lines = [unicodedata.normalize("NFC", line.strip()) for line in read_text(path).splitlines()]
     lines = [line.removeprefix("./") for line in lines if line]
@@ -411,6 +429,8 @@ def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
             numbers = [value for box in one.boxes for value in box.corners]
             if not (min(one.size) > 0 and all(map(math.isfinite, [*one.size, *numbers]))):
                 raise DataError(f"{path}: image '{one.name}': impossible size or box")
+            if not isinstance(one.name, str):
+                raise DataError(f"{path}: image '{one.name}': expected a name")
         if own is None:
             others.append(path)
         else:
@@ -453,12 +473,12 @@ def read_coco(path: Path) -> list[Annotated] | None:
     """
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
+    except (DataError, json.JSONDecodeError, RecursionError):
         return None
     parts = {"images", "annotations", "categories"}
     if not isinstance(content, dict) or not parts <= content.keys():
         return None
-    labels = {kind["id"]: kind["name"] for kind in content["categories"]}
+    labels = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
     boxes = {image["id"]: [] for image in content["images"]}
     for one in content["annotations"]:
         left, top, width, height = map(float, one["bbox"])

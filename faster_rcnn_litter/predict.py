@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             draw_photo(path, lines, folder / "pictures" / f"{name}.png")
             counts.append(len(lines))
         coco.write("]\n" if coco.tell() else "[]\n")
+    if not counts:
+        raise DataError(f"no photograph could be read, the first: {bad[0]}")
     report(photos, counts, bad, threshold, folder)
 
 

@@ -113,6 +113,8 @@ def open_picture(path: Path) -> Image.Image:
     Raises DataError that names the file, whatever Pillow raises.
     """
     try:
+        if not path.is_file():  # of a named pipe, reading would never end
+            raise FileNotFoundError("there is no such file")
         with Image.open(path) as file:
             if file.width * file.height > 100_000_000:
                 raise ValueError(f"{file.width} x {file.height} pixels are too many")
@@ -120,6 +122,8 @@ def open_picture(path: Path) -> Image.Image:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 values = np.asarray(picture, dtype=np.float64)
                 low, high = values.min(), values.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("it holds values that are not finite")
                 scaled = (values - low) * (255 / max(high - low, 1e-12))
                 picture = Image.fromarray(scaled.round().astype(np.uint8))
             return picture.convert("RGB")
@@ -135,8 +139,10 @@ def shrink(picture: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
-    found, seen = [], set()
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once, and
+    not to a folder that holds `folder`.
+    """
+    found, seen = [], set(map(str, folder.resolve().parents))
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         real = os.path.realpath(root)
@@ -172,7 +178,7 @@ def decode(files: list[Path], size: tuple[int, int] | None, cache: Path) -> tupl
     Without a size all pictures must have one size. The result is kept in the folder `cache`, by
     path, length and time of each file. Raises DataError if no picture can be read.
     """
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [stamp(path) for path in files]
 
     def make() -> tuple:
         pictures, places, bad = [], [], []
@@ -191,6 +197,14 @@ def decode(files: list[Path], size: tuple[int, int] | None, cache: Path) -> tupl
         return torch.stack(pictures), torch.tensor(places), bad
 
     return cached(cache, "decoded", (stats, size, DECODING), make)
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """By which a cached file is known: path, length and time; a link to nothing has neither."""
+    with suppress(OSError):
+        about = path.stat()
+        return str(path), about.st_size, about.st_mtime_ns
+    return str(path), 0, 0
 
 
 def cached(folder: Path, name: str, key: object, make: Callable) -> Any:

@@ -78,7 +78,7 @@ def show_results(saved: dict, folder: Path, counts: Counter, shown: list, bad: l
     how = "calibrated on validation" if saved["calibrated"] else "not calibrated: no validation"
     print(f"{sum(counts.values())} pictures; probabilities {how}{left_out(bad)}")
     if not counts:
-        raise DataError("no picture could be read")
+        raise DataError(f"no picture could be read, the first: {bad[0]}")
     print(folder)
 
 

@@ -135,7 +135,8 @@ def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) ->
         reasons = why_not_numbers(path, others)
         feature_columns = [name for name in others if name not in reasons]
         if not feature_columns:
-            raise DataError(f"{path}: no column but '{label_column}' holds numbers")
+            first = "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())[:200]
+            raise DataError(f"{path}: no column but '{label_column}' holds numbers{first}")
     else:
         feature_columns, reasons = [nfc(name) for name in feature_columns], {}
         if label_column in feature_columns:
@@ -161,7 +162,7 @@ def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) ->
 def find_tables(inputs: list[str]) -> list[Path]:
     """Files, and the csv files in folders and below. Raises DataError if there is none."""
     tables = []
-    for path in (Path(text).expanduser() for text in inputs):
+    for path in (Path(os.path.expanduser(text)) for text in inputs):
         if not path.is_dir():
             tables.append(path)
         for folder, _, names in sorted(os.walk(path, followlinks=True)):

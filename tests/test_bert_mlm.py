@@ -405,6 +405,14 @@ def test_text_stays_text_and_rows_that_do_not_fit_are_named(tmp_path):
     assert re.search(r"2 rows left out, the first: .*a.csv: line 27 has 3 cells", tweets.note)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_are_separated_as_in_the_header(tmp_path, separator):
+    lines = [f'"tweet {n},\nmore; and more"{separator} en' for n in range(20)]
+    path = write_csv(tmp_path / "a.csv", lines, f"content {separator} language")
+    texts = [text for part in load(path, language="any")[1:4] for text in part]
+    assert len(texts) == 20 and {"tweet 0, more; and more"} < set(texts)
+
+
 @pytest.mark.parametrize(
     ("header", "lines", "changes", "complaint"),
     [
@@ -917,6 +925,12 @@ def test_plots_are_given_the_numbers_of_the_report(start, tmp_path, monkeypatch)
     assert [row["best"].keys() for row in prompts] == [trial.models.keys()] * 3
 
 
+def test_a_sentence_of_long_words_fits_its_line():
+    row = {"word": "a" * 3000, "text": ("b" * 3000, "c d " * 1000)}
+    line = load_project("bert_mlm").plots.sentence(row)
+    assert len(line) < 120 and f"____({'a' * 40})" in line
+
+
 def test_pictures_survive_the_least_data(tmp_path):
     row = {
         "text": ["only $one$ ", ""],
@@ -1057,10 +1071,18 @@ def test_predict_reads_stdin_and_names_what_it_leaves_out(tmp_path, run_folder, 
         ("no.csv", "no.csv"),
         ("no.txt", "no.txt"),
         (tmp_path / "w.txt", "w.txt"),
+        (tmp_path, "found a folder"),
+        ("雪", "there is no text to work on; '雪'"),
     ):
         (tmp_path / "w.txt").write_bytes(b"sch\xf6n")
         with pytest.raises(data.DataError, match=complaint):
             predict(run_folder, tmp_path, bad)
+
+
+def test_predict_takes_texts_that_are_no_paths(tmp_path, run_folder):
+    texts = ["~nobody needs water", "water " * 60, "a/b\0c"]
+    _, _, rows = predict(run_folder, tmp_path, *texts)
+    assert {row["text"] for row in rows} == set(texts)
 
 
 # --- starts that fail -----------------------------------------------------------------------------

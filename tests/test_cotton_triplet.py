@@ -532,7 +532,7 @@ def test_given_splits_lose_what_resembles_a_test_picture(tmp_path):
         (lambda f: [p.unlink() for p in (f / "healthy").iterdir()], "healthy: there is no pic"),
         (
             lambda f: [p.unlink() for p in (f / "aphids").iterdir() if p.stem[1:] > "01"],
-            "aphids: too few pictures: none for .*needs 3",
+            "aphids: too few pictures: none for .*needs 4",
         ),
         (lambda f: (f / "healthy").rename(f / "checkpoints"), "at least 2 classes"),
     ],

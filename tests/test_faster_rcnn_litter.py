@@ -659,8 +659,10 @@ def test_json_files_of_another_kind_do_not_hinder(tmp_path):
     (folder / "metrics.json").write_text("{}")
     (folder / "broken.json").write_text("{")
     (folder / "captions.json").write_text('{"images": [], "annotations": []}')
+    (folder / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    (folder / "lost.json").symlink_to("nothing.json")
     found = load(folder)
-    assert "3 files are no annotations, as broken.json" in found.note
+    assert "5 files are no annotations, as broken.json" in found.note
     assert len(all_of(found)) == 28
 
 
@@ -693,6 +695,18 @@ def test_a_crowd_is_ignored_and_grey_in_training(tmp_path):
     assert found.train.ignored[place].tolist() == [[0, 0, 8, 8]]
     x = data.without_ignored(found.train, place)
     assert (x[:, :8, :8] == 128).all() and torch.equal(x[:, 8:], found.train.x[place][:, 8:])
+
+
+def test_a_coco_image_without_a_name_and_a_test_txt_that_is_none_are_named(tmp_path):
+    folder = write_folder(tmp_path / "forest")
+    (folder / "test.txt").mkdir()
+    with pytest.raises(data.DataError, match=r"test.txt: expected a text"):
+        load(folder)
+    content = {"images": [{"id": 1, "file_name": None, "width": 64, "height": 48}]}
+    content |= {"annotations": [], "categories": []}
+    (folder / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(data.DataError, match=r"coco.json: image 'None': expected a name"):
+        load(folder)
 
 
 def test_annotations_may_lie_beside_the_photographs_folder(tmp_path):
@@ -811,6 +825,12 @@ def test_bad_data_is_an_error_and_leaves_no_folder(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_scenes_too_small_for_a_box_are_named(tmp_path):
+    flags = [*TINY, "--image_size", 33, "--data_dir", tmp_path, "--out_dir", tmp_path / "out"]
+    with pytest.raises(load_project(PROJECT).data.DataError, match="image_size, scene_counts"):
+        train(PROJECT, *flags, "--scene_counts", "2,2,2")
+
+
 def test_without_comparison_the_untrained_network_is_not_tested(tmp_path):
     folder = train(PROJECT, *TINY, "--epochs", 1, "--compare", "false", "--out_dir", tmp_path)
     report = json.loads((folder / "metrics.json").read_text())
@@ -874,6 +894,8 @@ def test_predictions_are_those_of_the_evaluation_whatever_the_photograph(tmp_pat
     rows = {row["file"]: row for row in read_rows(out / "predictions.csv")}
     assert set(rows) == {"a/one.png", "b/one.png", "alpha $.png", "grey.png", "turned.png"}
     assert "1 could not be read, the first: " in output and "broken.png" in output
+    with pytest.raises(modules.data.DataError, match=r"no photograph could be read.*broken.png"):
+        call(modules.predict, folder, photos / "broken.png", "--out_dir", tmp_path / "none")
     assert {path.relative_to(out / "pictures").as_posix() for path in out.rglob("*.png")} == {
         f"{name}.png" for name in rows
     }

@@ -229,6 +229,9 @@ def test_16_bit_greys_look_as_in_8_bits(tmp_path):
     assert np.array_equal(opened(tmp_path / "a.tiff"), expected)
     Image.fromarray(np.full((4, 4), 77, np.uint16)).save(path)
     assert opened(path).shape == (4, 4, 3)
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(module_with("open_picture").DataError, match="not finite"):
+        opened(tmp_path / "a.tiff")
 
 
 def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
@@ -320,6 +323,22 @@ def test_folders_are_classes_but_for_hidden_ones_and_links_are_followed(tmp_path
     found = reader.class_folders(tmp_path / "set")
     assert list(found) == ["Caf\u00e9", "a", "b", "c", "d"]
     assert {name: len(paths) for name, paths in found.items()} == dict.fromkeys(found, 1)
+
+
+def test_links_to_nothing_and_to_a_folder_above_and_pipes_are_no_pictures(tmp_path):
+    """A class's link to `..` holds the other classes' pictures."""
+    reader = module_with("decode")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "round").symlink_to("..")
+    (tmp_path / "a" / "lost.png").symlink_to("nothing.png")
+    os.mkfifo(tmp_path / "a" / "pipe.png")  # reading it would never end
+    files = reader.class_folders(tmp_path)["a"]
+    assert [path.name for path in files] == ["1.png", "lost.png", "pipe.png"]
+    x, places, bad = reader.decode(files, (4, 4), tmp_path)
+    assert len(x) == 1 and places.tolist() == [0] and len(bad) == 2
+    assert all("there is no such file" in line for line in bad)
 
 
 def test_class_folders_that_are_none_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """unet_transfer: what ports get wrong, bad data, and a run that is killed in each of its stages."""
 
 import copy
+import csv
 import json
 import math
 import os
@@ -347,6 +348,16 @@ def blank_masks(folder: Path, value: int = 0) -> None:
         Image.fromarray(np.full((18, 24), value, np.uint8)).save(path)
 
 
+def add_line(folder: Path, line: str) -> None:
+    with (folder / "classes.csv").open("a") as file:
+        file.write(f"{line}\n")
+
+
+def as_jpeg(folder: Path) -> None:
+    for path in (folder / "masks").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+
+
 def spoil_mask(folder: Path, mask: np.ndarray) -> None:
     Image.fromarray(mask).save(folder / "masks" / "03.png")
 
@@ -360,6 +371,8 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
         (lambda f: (f / "classes.csv").unlink(), "classes.csv: there is no such file"),
         (lambda f: (f / "classes.csv").write_text("a,b\n"), "classes.csv: expected the columns"),
         (lambda f: (f / "classes.csv").write_text("file,class\nx.png,a\n"), "images/x.png is not"),
+        (lambda f: add_line(f, "03.png,dog"), "images/03.png has two classes: cat, dog"),
+        (lambda f: as_jpeg(f), "masks/00.jpg: expected masks in PNG"),
         (lambda f: (f / "segments.txt").unlink(), "segments.txt: there is no such file"),
         (lambda f: (f / "segments.txt").write_text("a\nb\n"), "index 2 stands in the mask"),
         (lambda f: blank_masks(f), "the segment 'left' .index 1. is in no training mask"),
@@ -439,6 +452,30 @@ def test_names_are_matched_as_people_write_them(tmp_path):
     assert [len(part.x) for part in task.segmentation] == [7, 7, 6]
     assert task.classes == ("cat", "dog")
     assert sum(len(part.x) for part in task.classification) == 20 - 6
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_any_name_and_separator_of_the_csv_is_read(tmp_path, separator):
+    folder = write_folder(tmp_path / "mine")
+    for number, name in enumerate(["new\nline", 'q"u', "a,b;c", "100% $x$"]):
+        for kind in ("images", "masks"):
+            (folder / kind / f"{number:02}.png").rename(folder / kind / f"{name}.png")
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    with (folder / "classes.csv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([["file ", " class"], *([name, "ab"[name > "1"]] for name in names)])
+    task = load_folder(folder)
+    assert sum(len(part.x) for part in task.classification) == 20 and task.classes == ("a", "b")
+
+
+def test_masks_and_images_that_are_alone_are_counted(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    (folder / "masks" / "03.png").rename(folder / "masks" / "03_mask.png")
+    (folder / "images" / "04.png").unlink()
+    (folder / "images" / "04.png").symlink_to("nothing.png")
+    note = load_folder(folder).note
+    assert "1 masks without an image, the first: " in note and "03_mask.png" in note
+    assert "1 unreadable files left out" in note
 
 
 def test_few_masks_among_many_images_are_in_every_split(tmp_path):

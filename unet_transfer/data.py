@@ -7,6 +7,7 @@ folder   your own images/, masks/ and classes.csv
 
 import csv
 import hashlib
+import io
 import math
 import os
 import shutil
@@ -149,6 +150,8 @@ def open_picture(path: Path) -> Image.Image:
     Raises DataError that names the file, whatever Pillow raises.
     """
     try:
+        if not path.is_file():  # of a named pipe, reading would never end
+            raise FileNotFoundError("there is no such file")
         with Image.open(path) as file:
             if file.width * file.height > 100_000_000:
                 raise ValueError(f"{file.width} x {file.height} pixels are too many")
@@ -156,6 +159,8 @@ def open_picture(path: Path) -> Image.Image:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 values = np.asarray(picture, dtype=np.float64)
                 low, high = values.min(), values.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("it holds values that are not finite")
                 scaled = (values - low) * (255 / max(high - low, 1e-12))
                 picture = Image.fromarray(scaled.round().astype(np.uint8))
             return picture.convert("RGB")
@@ -171,8 +176,10 @@ def shrink(picture: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once."""
-    found, seen = [], set()
+    """All files below `folder`, sorted; hidden ones are left out, linked folders followed once, and
+    not to a folder that holds `folder`.
+    """
+    found, seen = [], set(map(str, folder.resolve().parents))
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         real = os.path.realpath(root)
@@ -182,6 +189,14 @@ def visible_files(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(root, name) for name in files if name[0] != "."]
     return sorted(found)
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """By which a cached file is known: path, length and time; a link to nothing has neither."""
+    with suppress(OSError):
+        about = path.stat()
+        return str(path), about.st_size, about.st_mtime_ns
+    return str(path), 0, 0
 
 
 def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
@@ -498,12 +513,18 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
             parts = [a + b for a, b in zip(parts, shuffled(own, SHARES, seed), strict=True)]
     splits = dict(zip(SPLITS, parts, strict=True))
     name = folder.resolve().name
-    return photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
+    task = photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
+    lost = sorted(masks.keys() - set(map(without_suffix, images)))
+    more = f"; {len(lost)} masks without an image, the first: {masks[lost[0]]}" if lost else ""
+    return task._replace(note=task.note + more)
 
 
 def find_masks(folder: Path) -> dict[str, Path]:
     """Path of each .png (or .PNG) by its name without it, as seen from `folder`."""
-    paths = [path for path in visible_files(folder) if path.suffix.lower() == ".png"]
+    files = visible_files(folder)
+    paths = [path for path in files if path.suffix.lower() == ".png"]
+    if files and not paths:
+        raise DataError(f"{files[0]}: expected masks in PNG, which keeps their numbers")
     return {without_suffix(composed(path.relative_to(folder).as_posix())): path for path in paths}
 
 
@@ -534,7 +555,7 @@ def read_segments(
 
 def found_values(folder: Path, masks: list[Path]) -> list[int]:
     """All values that the readable masks hold; kept in a file of `folder`."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in masks]
+    stats = [stamp(path) for path in masks]
 
     def make() -> list[int]:
         found: set[int] = set()
@@ -552,18 +573,24 @@ def composed(name: str) -> str:
 
 
 def read_labels(path: Path, known: set[str]) -> dict[str, str]:
-    """Class by file, from a csv whose columns are `file`, relative to images/, and `class`."""
-    lines = read_text(path).splitlines()
+    """Class by file, from a csv whose columns are `file`, relative to images/, and `class`, apart
+    by commas, semicolons or tabs. Raises DataError if a file is not there or has two classes.
+    """
+    text = read_text(path)
+    separator = max(",;\t", key=text.split("\n")[0].count)
     try:
-        table = csv.DictReader(lines, skipinitialspace=True)
-        if not {"file", "class"} <= set(table.fieldnames or ()):
-            raise DataError(f"{path}: expected the columns file,class")
-        rows = [
-            (composed(row["file"] or "").strip(), (row["class"] or "").strip()) for row in table
-        ]
+        rows = list(csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True))
     except csv.Error as error:
         raise DataError(f"{path}: not a csv ({error})") from error
-    labels = {name: label for name, label in rows if label}
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    if not {"file", "class"} <= set(header):
+        raise DataError(f"{path}: expected the columns file,class")
+    labels = {}
+    for row in rows[1:]:
+        cells = dict(zip(header, map(str.strip, row), strict=False))
+        name, label = composed(cells.get("file", "")), cells.get("class", "")
+        if label and labels.setdefault(name, label) != label:
+            raise DataError(f"{path}: images/{name} has two classes: {labels[name]}, {label}")
     if lost := sorted(labels.keys() - known):
         raise DataError(f"{path}: images/{lost[0]} is not there")
     return labels
@@ -592,7 +619,7 @@ def photograph_task(
     """
     files = [item for items in splits.values() for item in items]
     paths = [path for item in files for path in (item.image, item.mask) if path]
-    stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
+    stats = [stamp(path) for path in paths]
     key = (splits, stats, sizes, segments, values.tolist(), DECODING)
     decoded = cached(
         cache,
