@@ -246,18 +246,24 @@ def extend_start(points: Points, w: Tensor, centres: Tensor, clusters: int, gene
     k-means++ (Arthur & Vassilvitskii 2007): a point is drawn in proportion to its weight and its
     squared distance from the nearest centre so far; by weight alone where all distances are 0.
     """
-    x = points.part(slice(0, len(points)))
-    nearest = x.new_full((len(x),), float("inf"))
+    nearest = points.x.new_full((len(points),), float("inf"))
     for centre in centres:
-        nearest = torch.minimum(nearest, (x - centre).square().sum(1))
+        come_near(points, centre, nearest)
     while len(centres) < clusters:
         chance = nearest.double() * w if nearest.isfinite().all() and nearest.any() else w.double()
-        total = chance.cumsum(0)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
-        index = torch.searchsorted(total, drawn * total[-1], right=True).clamp(max=len(x) - 1)
-        centres = torch.cat((centres, x[index]))
-        nearest = torch.minimum(nearest, (x - x[index]).square().sum(1))
+        chance = chance.cumsum(0)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(nearest.device)
+        index = torch.searchsorted(chance, drawn * chance[-1], right=True)
+        centre = points.take(index.clamp(max=len(points) - 1))
+        centres = torch.cat((centres, centre))
+        come_near(points, centre[0], nearest)
     return centres
+
+
+def come_near(points: Points, centre: Tensor, nearest: Tensor) -> None:
+    """Takes `centre` (D,) into the squared distances `nearest` (N,) from the nearest centre."""
+    for rows, part in points.parts(chunk_of(points.x, 16)):
+        nearest[rows] = torch.minimum(nearest[rows], (part - centre).square().sum(1))
 
 
 # --- the descent ------------------------------------------------------------------------------
@@ -296,7 +302,7 @@ class Descent:
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
         self.sums, self.sizes = np.zeros((clusters, features)), np.zeros(clusters)
-        self.square_sum, self.weight = 0.0, float(self.w.sum(dtype=torch.float64))
+        self.square_sum, self.weight = 0.0, total(self.w)
         for rows, points in self.points.parts(self.chunk):
             if first:
                 self.own[rows], self.due[rows] = self.look(points)
@@ -352,9 +358,12 @@ class Descent:
         If they are most of all, or all are few, whole chunks are, which are read faster.
         """
         if len(self.due) > self.chunk:
-            path = torch.from_numpy(self.path).to(self.due)
-            index = (self.due < path.index_select(0, self.own)).nonzero()[:, 0]
-            if 2 * len(index) < len(self.due):
+            path, late = torch.from_numpy(self.path).to(self.due), []
+            for due, own in zip(self.due.split(2**17), self.own.split(2**17), strict=True):
+                late.append(due < path.index_select(0, own))
+            late = torch.cat(late)
+            if 2 * int(late.sum()) < len(late):
+                index = late.nonzero()[:, 0]
                 return ((part, self.points.take(part)) for part in index.split(self.chunk))
         return self.points.parts(self.chunk)
 
@@ -490,6 +499,13 @@ class Data(NamedTuple):
         return Data(self.x[index], self.y[index], w)
 
 
+class Start(NamedTuple):
+    """Centres (K, D) in the coordinates x @ whiten."""
+
+    centres: np.ndarray
+    whiten: np.ndarray | None
+
+
 class Fit(NamedTuple):
     """A descent that has ended: its points' coordinates are (x - shift) @ whiten."""
 
@@ -566,64 +582,73 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
         tried = self.draw_sample(data, generator)
         unit = self.unit_of(data)
-        fits, total = [], 0
+        fits, iterations = [], 0
         for _ in range(1 if self.one_start() else self.n_init):
             fits.append(self.descend(tried, None, unit, generator))
-            total += len(fits[-1].history)
+            iterations += len(fits[-1].history)
         best = min(fits, key=lambda fit: fit.descent.objective())
         if tried is not data:
-            best = self.descend(data, best, unit, generator)
-            total += len(best.history)
-        self.n_iter_total_ = total
+            start = Start(best.descent.centres, best.whiten)
+            del tried, fits, best  # the sample's rows need not stay in memory
+            best = self.descend(data, start, unit, generator)
+            iterations += len(best.history)
+        self.n_iter_total_ = iterations
         return best
 
     def draw_sample(self, data: Data, generator: torch.Generator) -> Data:
         """A random share of the unlabelled rows, weighted to stand for all, and labelled ones."""
         if self.sample is None or len(data.x) <= self.sample:
             return data
-        parts, weights = [], []
-        for rows in ((data.y >= 0).nonzero()[:, 0], (data.y < 0).nonzero()[:, 0]):
-            count = min(len(rows), max(self.sample // 2, len(data.x) // 10))
-            chosen = torch.randperm(len(rows), generator=generator)[:count]
-            parts.append(rows[chosen.to(rows.device)])
-            weights.append(data.w[parts[-1]] * (len(rows) / max(count, 1)))
-        index, order = torch.cat(parts).sort()
-        return data.at(index, torch.cat(weights)[order])
+        taken, shares = torch.zeros_like(data.y, dtype=torch.bool), []
+        for group in (data.y >= 0, data.y < 0):
+            size = int(group.sum())
+            count = min(size, max(self.sample // 2, len(data.x) // 10))
+            chosen = torch.randperm(size, generator=generator, dtype=torch.int32)[:count]
+            marks = torch.zeros(size, dtype=torch.bool)
+            marks[chosen.long()] = True
+            taken.masked_scatter_(group, marks.to(group.device))
+            shares.append(size / max(count, 1))
+        index = taken.nonzero()[:, 0]
+        w, known = data.w[index], data.y[index] >= 0
+        return data.at(index, torch.where(known, w * shares[0], w * shares[1]))
 
     def unit_of(self, data: Data) -> float:
         """s of equation 1."""
         if self.metric == "pooled":
             return float(data.x.shape[1])
-        points, total = Points(data.x, self.shift_), 0.0
+        points, sum_of = Points(data.x, self.shift_), 0.0
         for rows, part in points.parts(chunk_of(data.x, 16)):
             square = part.square().sum(1)
             each = square.sqrt() if self.distance == "plain" else square
-            total += float((each * data.w[rows]).sum(dtype=torch.float64))
-        return total / float(data.w.sum(dtype=torch.float64)) or 1.0
+            sum_of += float((each * data.w[rows]).sum(dtype=torch.float64))
+        return sum_of / total(data.w) or 1.0
 
-    def descend(self, data: Data, start: Fit | None, unit: float, generator) -> Fit:
+    def descend(self, data: Data, start: Start | None, unit: float, generator) -> Fit:
         """From `start`, or from a start of its own, until the objective stops falling."""
         options = {"alpha": self.alpha, "unit": unit, "plain": self.distance == "plain"}
         if self.metric == "euclidean":
             points = Points(data.x, self.shift_)
-            centres = self.start(points, data, generator) if start is None else start_of(start)
+            if start is None:
+                centres = self.start(points, data, generator)
+            else:
+                centres = torch.from_numpy(start.centres)
             descent = Descent(points, data.y, data.w, centres, **options)
             return Fit(descent, descent.run(self.max_iter, self.tol), None)
         return self.descend_pooled(data, start, options, generator)
 
-    def descend_pooled(self, data: Data, start: Fit | None, options: dict, generator) -> Fit:
+    def descend_pooled(self, data: Data, start: Start | None, options: dict, generator) -> Fit:
         """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
 
         With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
         minimum of tr(S^-1 (W + shrinkage V)) + log det S, so that neither step raises J.
         """
-        total, prior = self.scatter(data)
+        scatter, prior = self.scatter(data)
         if start is None:
-            covariance = self.labelled_covariance(data, total) + prior
+            covariance = self.labelled_covariance(data, scatter) + prior
             centres = own = None
         else:
             covariance = np.linalg.inv(start.whiten @ start.whiten.T)
-            centres, own = start_of(start).numpy() @ np.linalg.inv(start.whiten), None
+            centres, own = start.centres @ np.linalg.inv(start.whiten), None
         history, previous = [], np.inf
         for _ in range(ROUNDS):
             whiten, constant = whitening(covariance, prior)
@@ -638,22 +663,23 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             if not previous - objective > max(self.tol, 1e-9) or len(history) >= self.max_iter:
                 break
             previous, centres = objective, descent.centres @ np.linalg.inv(whiten)
-            covariance = total - (centres.T * descent.sizes) @ centres / descent.weight + prior
+            covariance = scatter - (centres.T * descent.sizes) @ centres / descent.weight + prior
         return Fit(descent, history, whiten)
 
     def scatter(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
         """Covariance of all points (D, D), and the diagonal matrix that is added to S."""
-        total = np.zeros((data.x.shape[1],) * 2)
+        covariance = np.zeros((data.x.shape[1],) * 2)
         for rows, part in Points(data.x, self.shift_).parts(chunk_of(data.x, 16)):
-            total += (part.T @ (part * data.w[rows, None].to(part))).double().cpu().numpy()
-        total /= float(data.w.sum(dtype=torch.float64))
-        variances = np.diag(total)
+            square = part.T @ (part * data.w[rows, None].to(part))
+            covariance += square.double().cpu().numpy()
+        covariance /= total(data.w)
+        variances = np.diag(covariance)
         prior = self.shrinkage * np.where(variances > 0, variances, 1)
-        return total, np.diag(prior)
+        return covariance, np.diag(prior)
 
-    def labelled_covariance(self, data: Data, total: np.ndarray) -> np.ndarray:
-        """Within the labelled classes, shrunk towards `total` (D, D) as if by D points."""
-        scatter, weight = len(total) * total, len(total)
+    def labelled_covariance(self, data: Data, whole: np.ndarray) -> np.ndarray:
+        """Within the labelled classes, shrunk towards `whole` (D, D) as if by D points."""
+        scatter, weight = len(whole) * whole, len(whole)
         for label in range(len(self.classes_)):
             index = (data.y == label).nonzero()[:, 0]
             x, w = data.x[index].double().cpu().numpy(), data.w[index].double().cpu().numpy()
@@ -696,7 +722,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
 
     def check_labels(self, y, rows: Tensor) -> Tensor:
         """Codes (N,) of the classes, of which `classes_` is made; -1 where unlabelled."""
-        codes = np.full(len(rows), -1)
+        codes = np.full(len(rows), -1, dtype=np.int32)
         if y is None:
             self.classes_ = np.empty(0, dtype=int)
             return torch.from_numpy(codes).to(rows.device)
@@ -837,10 +863,6 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         return float(np.average(right, weights=weights))
 
 
-def start_of(fit: Fit) -> Tensor:
-    return torch.from_numpy(fit.descent.centres)
-
-
 def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, float]:
     """A (D, D) with A A' = S^-1, and what S adds to J: (log det S + tr(S^-1 prior)) / D."""
     scale = np.sqrt(np.diag(covariance))  # features may have very different units
@@ -853,11 +875,16 @@ def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, fl
 
 def mean_of(data: Data) -> Tensor:
     """Weighted mean (D,) of the rows; small numbers: no cancellation in |c|^2 - 2 x.c."""
-    total = torch.zeros(data.x.shape[1], dtype=torch.float64, device=data.x.device)
+    sums = torch.zeros(data.x.shape[1], dtype=torch.float64, device=data.x.device)
     chunk = chunk_of(data.x, 16)
     for x, w in zip(data.x.split(chunk), data.w.split(chunk), strict=True):
-        total += x.double().T @ w.double()
-    return (total / data.w.sum(dtype=torch.float64)).to(data.x.dtype).double()
+        sums += x.double().T @ w.double()
+    return (sums / total(data.w)).to(data.x.dtype).double()
+
+
+def total(w: Tensor) -> float:
+    """Sum of the weights (N,) in float64, of which no copy is made."""
+    return sum(float(part.sum(dtype=torch.float64)) for part in w.split(2**17))
 
 
 def as_array(x):
