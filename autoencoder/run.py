@@ -224,7 +224,7 @@ def read_config(settings: type, kinds: dict, path: Path | None, flags: dict[str,
 
 def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
     """Each key's value as text. YAML's own reading is wrong here: `1e-3` would be a string, `on`
-    True, and of a key that stands twice the first would vanish.
+    True, and of a key that occurs twice the first would vanish.
     """
     try:
         root, texts = yaml.compose(path.read_text(encoding="utf-8-sig")), {}
@@ -237,7 +237,7 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
         if name not in kinds:
             raise ValueError(f"{path}: unknown key '{shorten(name)}'{hint(name, list(kinds))}")
         if name in texts:
-            raise ValueError(f"{path}: key '{name}' stands twice")
+            raise ValueError(f"{path}: key '{name}' occurs twice")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(item, yaml.ScalarNode) for item in items):
             raise ValueError(f"{path}: {name}: expected one value or a list of values")
@@ -630,19 +630,19 @@ def seed_everything(*parts: int | str) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a killed run leaves the old file or the new one whole.
+    """Write a temporary file, then rename: a killed run leaves the old file or the new one whole.
 
     Raises OSError that names the file; a full disk, too, leaves the old file whole. Of several
     processes the first writes.
     """
     if RANK:
         return
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error.strerror}") from error
 
 

@@ -1,7 +1,7 @@
 """Tweets from a csv, without duplicates, in three splits; general English; pretrained models.
 
-sample   sample_tweets.csv beside this file, written for this project
-csv      one's own csv of tweets
+sample   sample_tweets.csv in this folder, written for this project
+csv      your own csv of tweets
 """
 
 import ast
@@ -122,7 +122,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]:
-    """Their places. Raises DataError for one that is missing or stands twice."""
+    """Their places. Raises DataError for one that is missing or occurs twice."""
     for column in columns:
         if header.count(column) != 1:
             there = ", ".join(header)[:200]
@@ -193,7 +193,7 @@ def normalise(text: str, links: str, names: str) -> str:
 
 
 def whole_words(text: str, spans: list[tuple[int, int]]) -> list[int]:
-    """Places of the pieces that are a whole word of four letters or more."""
+    """Places of the tokens that are a whole word of four letters or more."""
     found = []
     for place, (begin, end) in enumerate(spans):
         word = text[begin:end].strip()
@@ -318,7 +318,7 @@ def load_pretrained(
             name, **options, dtype=torch.float32, output_loading_info=True
         )
         if len(tokenizer) > model.config.vocab_size:
-            raise ValueError("its tokenizer has more pieces than the model")
+            raise ValueError("its tokenizer has more tokens than the model")
     except Exception as error:  # of damaged files, each reader has its own
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{name}: no masked language model: {reason}") from error

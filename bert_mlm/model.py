@@ -1,18 +1,18 @@
-"""Masked language modelling: which pieces are masked, the loss on them, and what is measured.
+"""Masked language modelling: which tokens are masked, the loss on them, and what is measured.
 
 Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
-Understanding", section 3.1, task 1. Of the pieces of a text each is chosen with probability 0.15;
-a chosen one becomes [MASK] (80%), a random piece of the whole vocabulary (10%) or stays (10%), and
-for the set M of chosen pieces the loss is
+Understanding", section 3.1, task 1. Of the tokens of a text each is chosen with probability 0.15;
+a chosen one becomes [MASK] (80%), a random token of the whole vocabulary (10%) or stays (10%), and
+for the set M of chosen tokens the loss is
 
-    loss = -1/|M| sum_(i in M) log p(piece i | the text so masked)                             (1)
+    loss = -1/|M| sum_(i in M) log p(token i | the text so masked)                             (1)
     perplexity = exp(loss), with both sums of (1) over all texts                               (2)
 
 Masks are drawn anew in each epoch of training (Liu et al. 2019, "RoBERTa"). For evaluation each
 text has several fixed masks, over all of which the sums of (1) go. Of a text W without a mask, the
 pseudo-log-likelihood (Salazar et al. 2020, "Masked Language Model Scoring") is
 
-    PLL(W) = sum_i log p(piece i | W with piece i masked)                                      (3)
+    PLL(W) = sum_i log p(token i | W with token i masked)                                      (3)
 """
 
 import math
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100  # the label of a piece that was not chosen, as in transformers
+IGNORE = -100  # the label of a token that was not chosen, as in transformers
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ALPHABET = sorted(
     {*string.printable.lower(), *"\u2018\u2019\u201c\u201d\u2013\u2014…£€°"} - {*string.whitespace}
@@ -46,7 +46,7 @@ SOME_PLACES = """
 """
 PLACES = frozenset(SOME_PLACES.split())
 
-# Words of such news that technical English lacks: whole pieces of the small BERT, in this order.
+# Words of such news that technical English has not: single tokens of the small BERT, in this order.
 NEWS = """
     earthquake quake rubble rescue trapped collapsed survivors aftershock magnitude tents blankets
     disaster victims injured help aid relief donate buildings hospital children family turkey syria
@@ -79,18 +79,18 @@ def encode(tokenizer, texts: list[str], max_length: int, *, all_of_it: bool = Fa
     return [
         {
             "text": texts[origin],
-            "input_ids": pieces,
-            "special_tokens_mask": [int(piece in special) for piece in pieces],
+            "input_ids": tokens,
+            "special_tokens_mask": [int(token in special) for token in tokens],
             "offset_mapping": spans,
         }
-        for origin, pieces, spans in zip(
+        for origin, tokens, spans in zip(
             origins, answer["input_ids"], answer["offset_mapping"], strict=True
         )
     ]
 
 
 class Masking:
-    """Chooses and hides pieces: a padded batch of input_ids, attention_mask, labels (N, L)."""
+    """Chooses and hides tokens: a padded batch of input_ids, attention_mask, labels (N, L)."""
 
     def __init__(self, tokenizer, probability: float, whole_words: bool):
         from transformers import DataCollatorForLanguageModeling
@@ -120,7 +120,7 @@ class Masking:
 
     def fixed(self, texts: list[dict], seed: int, number: int = 0) -> list[dict]:
         """Each text under its mask of this number, which depends on the seed and the text's place
-        alone, so that no batch size changes it; with the text's place and the kind of each piece.
+        alone, so that no batch size changes it; with the text's place and the kind of each token.
         """
         masked = []
         with torch.random.fork_rng(devices=[]):
@@ -148,9 +148,9 @@ def pad(masked: list[dict], pad_id: int, length: int | None = None) -> dict[str,
 
 
 def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits (|M|, vocabulary) of the chosen pieces only; the rest never meets the head.
+    """Logits (|M|, vocabulary) of the chosen tokens only; the rest never meets the head.
 
-    The head of a small BERT costs more than its layers: |vocabulary| x width per piece. Whatever
+    The head of a small BERT costs more than its layers: |vocabulary| x width per token. Whatever
     the architecture, the head follows the encoder `base_model`, so that is where the rest leaves.
     On CUDA the products are in bf16. `model` may be one that DistributedDataParallel wraps.
     """
@@ -171,7 +171,7 @@ def masked_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def part_of(batch: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    """These rows of a batch; if they are none, the first row without a piece to predict."""
+    """These rows of a batch; if they are none, the first row without a token to predict."""
     own = {name: value[part] for name, value in batch.items()}
     if not len(own["labels"]):
         own = {name: value[:1] for name, value in batch.items()}
@@ -180,13 +180,13 @@ def part_of(batch: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. (1) of logits (|M|, vocabulary) and pieces (|M|,); 0 if no piece was chosen."""
+    """Eq. (1) of logits (|M|, vocabulary) and tokens (|M|,); 0 if no token was chosen."""
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
 
-def piece_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, top-1 hit, top-5 hit and 1 of each chosen piece (|M|, 4), from logits (|M|, vocabulary)
-    and the pieces (|M|,).
+def token_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss, top-1 hit, top-5 hit and 1 of each chosen token (|M|, 4), from logits (|M|, vocabulary)
+    and the tokens (|M|,).
     """
     logits = logits.double()
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -195,7 +195,7 @@ def piece_scores(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def summary(sums: Tensor) -> dict:
-    """Per piece: loss in nats, perplexity (eq. 2), accuracies; and by kind what occurs.
+    """Per token: loss in nats, perplexity (eq. 2), accuracies; and by kind what occurs.
 
     From sums (..., kinds, 4) as `evaluate` returns them, over the leading dimensions.
     """
@@ -209,7 +209,7 @@ def rates(sums: Tensor) -> dict:
     loss, top1, top5, count = sums.tolist()
     count = max(count, 1)
     mean = {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700))}
-    return {"pieces": int(count)} | mean | {"top1": top1 / count, "top5": top5 / count}
+    return {"tokens": int(count)} | mean | {"top1": top1 / count, "top5": top5 / count}
 
 
 def mask_error(sums: Tensor) -> float:
@@ -239,11 +239,11 @@ def interval(values: Tensor) -> list[float]:
 
 
 def unigram_logits(texts: list[dict], vocabulary: int) -> Tensor:
-    """Log-probabilities (vocabulary,) of pieces by their number in `texts`, each plus one."""
+    """Log-probabilities (vocabulary,) of tokens by their number in `texts`, each plus one."""
     counts = torch.ones(vocabulary, dtype=torch.float64)
     for text in texts:
-        pieces, special = (torch.tensor(text[k]) for k in ("input_ids", "special_tokens_mask"))
-        counts.index_add_(0, pieces, (1 - special).double())
+        tokens, special = (torch.tensor(text[k]) for k in ("input_ids", "special_tokens_mask"))
+        counts.index_add_(0, tokens, (1 - special).double())
     return (counts / counts.sum()).log()
 
 
@@ -255,7 +255,7 @@ def evaluate(
     batch_size: int = 64,
     part: slice = slice(None),
 ) -> Tensor:
-    """Sums (texts, kinds, 4) of piece_scores; of texts that are masked already, so that the batch
+    """Sums (texts, kinds, 4) of token_scores; of texts that are masked already, so that the batch
     size changes nothing. Of the texts in order of their length only `part` counts.
     """
     model.eval()
@@ -265,7 +265,7 @@ def evaluate(
         texts = masked[first : first + batch_size]
         batch = {name: value.to(model.device) for name, value in pad(texts, pad_id).items()}
         labels = batch["labels"][batch["labels"] != IGNORE]
-        add_scores(sums, texts, piece_scores(masked_logits(model, batch), labels))
+        add_scores(sums, texts, token_scores(masked_logits(model, batch), labels))
     return sums
 
 
@@ -274,7 +274,7 @@ def evaluate_constant(logits: Tensor, masked: list[dict]) -> Tensor:
     sums = no_sums(masked)
     for one in masked:
         labels = one["labels"][one["labels"] != IGNORE]
-        add_scores(sums, [one], piece_scores(logits.expand(len(labels), -1), labels))
+        add_scores(sums, [one], token_scores(logits.expand(len(labels), -1), labels))
     return sums
 
 
@@ -284,7 +284,7 @@ def no_sums(masked: list[dict]) -> Tensor:
 
 
 def add_scores(sums: Tensor, texts: list[dict], scores: Tensor) -> None:
-    """To the sums of each text and kind the scores (|M|, 4) of its chosen pieces, in order."""
+    """To the sums of each text and kind the scores (|M|, 4) of its chosen tokens, in order."""
     chosen = [one["labels"] != IGNORE for one in texts]
     place = torch.cat([torch.full((int(c.sum()),), one["place"])
                        for one, c in zip(texts, chosen, strict=True)])  # fmt: skip
@@ -294,9 +294,9 @@ def add_scores(sums: Tensor, texts: list[dict], scores: Tensor) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, tokenizer, texts: list[list[int]]) -> Tensor:
-    """Probabilities (|M|, vocabulary) of the pieces at all mask pieces of the texts, in order."""
+    """Probabilities (|M|, vocabulary) of the tokens at all mask tokens of the texts, in order."""
     model.eval()
-    masked = [{"input_ids": torch.tensor(pieces)} for pieces in texts]
+    masked = [{"input_ids": torch.tensor(tokens)} for tokens in texts]
     for one in masked:
         masks = one["input_ids"] == tokenizer.mask_token_id
         one["labels"] = torch.where(masks, one["input_ids"], IGNORE)
@@ -307,10 +307,10 @@ def fill(model: nn.Module, tokenizer, texts: list[list[int]]) -> Tensor:
 
 
 def best_words(tokenizer, probs: Tensor, count: int = 5) -> list[list[tuple[str, float]]]:
-    """The most probable pieces, with probabilities, for each row of (|M|, vocabulary)."""
+    """The most probable tokens, with probabilities, for each row of (|M|, vocabulary)."""
     best = probs.topk(min(count, probs.shape[1]))
     return [
-        [(tokenizer.decode([piece]).strip(), prob) for piece, prob in zip(*row, strict=True)]
+        [(tokenizer.decode([token]).strip(), prob) for token, prob in zip(*row, strict=True)]
         for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
@@ -318,9 +318,9 @@ def best_words(tokenizer, probs: Tensor, count: int = 5) -> list[list[tuple[str,
 def log_likelihoods(
     model: nn.Module, tokenizer, text: list[int], batch_size: int = 64
 ) -> list[float]:
-    """The terms of eq. (3): of each piece that is not special, in order."""
+    """The terms of eq. (3): of each token that is not special, in order."""
     special = set(tokenizer.all_special_ids)
-    places = [place for place, piece in enumerate(text) if piece not in special]
+    places = [place for place, token in enumerate(text) if token not in special]
     terms = []
     for first in range(0, len(places), batch_size):
         own = places[first : first + batch_size]
@@ -362,7 +362,7 @@ def adamw(
 
 
 def kinds(text: str, spans: list[tuple[int, int]]) -> list[int]:
-    """For each piece, given by its span of characters in `text`, a place in KINDS."""
+    """For each token, given by its span of characters in `text`, a place in KINDS."""
     words = [(word.end(), word.group()) for word in re.finditer(r"\S+", text)]
     found, number = [], 0
     for begin, end in spans:
@@ -372,14 +372,14 @@ def kinds(text: str, spans: list[tuple[int, int]]) -> list[int]:
     return found
 
 
-def kind(word: str, piece: str) -> str:
-    """The kind of a piece of a word; a word is what stands between blanks."""
+def kind(word: str, token: str) -> str:
+    """The kind of a token of a word; a word is what stands between blanks."""
     word = word.lstrip("\"'\u201c\u2018(.-*").casefold()
     if word.startswith(("#", "@")):
         return "hashtag" if word[0] == "#" else "name"
     if re.match(r"(https?://|www\.|http$)", word):
         return "link"
-    if not any(letter.isalpha() for letter in piece):
+    if not any(letter.isalpha() for letter in token):
         return "number or sign"
     return "place" if re.sub(r"['\u2019]s$|\W+$", "", word) in PLACES else "common word"
 
@@ -388,7 +388,7 @@ def kind(word: str, piece: str) -> str:
 
 
 def longest_text(model: nn.Module, tokenizer) -> int:
-    """Pieces that the model has places for."""
+    """Tokens that the model has places for."""
     places = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     if "roberta" in model.config.model_type:  # they begin after the padding's
         places -= model.config.pad_token_id + 1
@@ -402,12 +402,12 @@ def from_scratch(model: nn.Module) -> nn.Module:
     return AutoModelForMaskedLM.from_config(model.config)
 
 
-def word_pieces(texts: list[str], size: int, max_length: int):
-    """A WordPiece tokenizer (Schuster & Nakajima 2012) of `size` lower-case pieces, up to a
+def train_tokenizer(texts: list[str], size: int, max_length: int):
+    """A WordPiece tokenizer (Schuster & Nakajima 2012) of `size` lower-case tokens, up to a
     twentieth of them words of NEWS.
 
     The trainer numbers the characters inside words in the order of a hash table and breaks ties by
-    number; they are handed to it as special, so that the same texts give the same pieces.
+    number; they are handed to it as special, so that the same texts give the same tokens.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece

@@ -15,7 +15,7 @@ plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fonts
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 BEFORE = "tab:olive"  # pretrained, not yet fine-tuned
 STYLES = {
-    "unigram": ("most frequent pieces", "black"),
+    "unigram": ("most frequent tokens", "black"),
     "scratch": ("from scratch", BASELINE),
     "before": ("pretrained, before", BEFORE),
     "after": ("fine-tuned", METHOD),
@@ -27,7 +27,7 @@ def plot_curves(
 ) -> None:
     """Loss over the epochs of fine-tuning and from scratch, and of pretraining where there is one.
 
-    `unigram` is the validation loss of always saying the most frequent pieces.
+    `unigram` is the validation loss of always saying the most frequent tokens.
     """
     figure, panels = plt.subplots(
         1, 2 if pretraining else 1, figsize=(9, 4), layout="constrained", squeeze=False, sharey=True
@@ -47,7 +47,7 @@ def plot_curves(
             xlabel="epoch over the paragraphs", title="first: English in Python's docs"
         )
         panels[0, 0].legend()
-    panels[0, 0].set_ylabel("loss per masked piece (nats)")
+    panels[0, 0].set_ylabel("loss per masked token (nats)")
     axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
@@ -62,7 +62,7 @@ def draw(axes, rows: list[dict], key: str, label: str, color: str, style: str = 
 
 
 def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
-    """Top-1 and top-5 accuracy on test, over all masked pieces, and top-1 by kind of word.
+    """Top-1 and top-5 accuracy on test, over all masked tokens, and top-1 by kind of word.
 
     The bars of top-1 bear 95% intervals over the tweets.
     """
@@ -74,7 +74,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
     groups = {
         left: {"top-1": "top1", "top-5": "top5"},
         right: {
-            f"{kind.replace(' ', chr(10), 1)}\n({by_kind[kind]['pieces']})": kind
+            f"{kind.replace(' ', chr(10), 1)}\n({by_kind[kind]['tokens']})": kind
             for kind in by_kind
         },
     }
@@ -89,8 +89,8 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
                 axes.errorbar(places[0], own["top1"], spread, color="black", capsize=3)
         axes.set_xticks(range(len(group)), list(group))
         axes.set_ylim(bottom=0)
-    left.set(ylabel="accuracy on masked test pieces", title="all pieces")
-    right.set(ylabel="top-1 accuracy", title="by kind of word (number of pieces)")
+    left.set(ylabel="accuracy on masked test tokens", title="all tokens")
+    right.set(ylabel="top-1 accuracy", title="by kind of word (number of tokens)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(title)
@@ -167,9 +167,9 @@ def plot_fillings(rows: list[dict], path: Path) -> None:
 
 
 def plot_surprise(rows: list[dict], path: Path) -> None:
-    """The most and the least surprising texts, with the most surprising piece of each."""
+    """The most and the least surprising texts, with the most surprising token of each."""
     figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.2), layout="constrained")
-    values = [-float(row["per_piece"]) for row in rows]
+    values = [-float(row["per_token"]) for row in rows]
     texts = [textwrap.shorten(row["text"], 70, placeholder=" ...") for row in rows]
     axes.barh(range(len(rows)), values, color=METHOD, height=0.7)
     axes.set_yticks(range(len(rows)), [text.replace("$", r"\$") for text in texts], fontsize=8)
@@ -178,7 +178,7 @@ def plot_surprise(rows: list[dict], path: Path) -> None:
         axes.text(value, place, f" {word}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel="surprise: minus pseudo-log-likelihood per piece (nats)")
-    figure.suptitle("The most and the least surprising texts, and the piece least expected")
+    axes.set(xlabel="surprise: minus pseudo-log-likelihood per token (nats)")
+    figure.suptitle("The most and the least surprising texts, and the token least expected")
     figure.savefig(path, dpi=150)
     plt.close(figure)

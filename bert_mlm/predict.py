@@ -1,4 +1,4 @@
-"""A run's BERT used on one's own texts: what belongs into a gap, and how surprising a text is.
+"""A run's BERT used on your own texts: what belongs into a gap, and how surprising a text is.
 
     python bert_mlm/predict.py RUN "We need [MASK] and blankets."
     python bert_mlm/predict.py RUN texts.txt more.csv --text_column text
@@ -91,61 +91,61 @@ def predict(
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for text in tqdm(texts, "texts", leave=False, disable=None):
-            pieces = to_pieces(tokenizer, text, saved, bad)
-            if tokenizer.mask_token_id in pieces:
-                best = best_words(tokenizer, fill(model, tokenizer, [pieces]))
+            tokens = to_tokens(tokenizer, text, saved, bad)
+            if tokenizer.mask_token_id in tokens:
+                best = best_words(tokenizer, fill(model, tokenizer, [tokens]))
                 for gap, words in enumerate(best, start=1):
                     table.writerow([text, gap, *(item for pair in words for item in pair)])
                 if len(gaps) < SHOWN:
                     gaps.append({"text": text, "best": best})
-            elif pieces:
-                surprise.add(whole_text(model, tokenizer, text, pieces))
+            elif tokens:
+                surprise.add(whole_text(model, tokenizer, text, tokens))
     return gaps, surprise.finish()
 
 
-def to_pieces(tokenizer, text: str, saved: dict, bad: list[str]) -> list[int]:
+def to_tokens(tokenizer, text: str, saved: dict, bad: list[str]) -> list[int]:
     """As in training; none, named in `bad`, if nothing is left or a gap would be cut off."""
     gaps = text.count("[MASK]")
     clean = normalise(text, saved["links"], saved["names"])
     clean = clean.replace("[MASK]", tokenizer.mask_token)
-    pieces = tokenizer(clean, truncation=True, max_length=saved["max_length"])["input_ids"]
-    if not {*pieces} - {*tokenizer.all_special_ids} and not gaps:
+    tokens = tokenizer(clean, truncation=True, max_length=saved["max_length"])["input_ids"]
+    if not {*tokens} - {*tokenizer.all_special_ids} and not gaps:
         bad.append(f"'{shorten(text)}' (no word in it)")
         return []
-    if pieces.count(tokenizer.mask_token_id) < gaps:
-        bad.append(f"'{shorten(text)}' (a gap lies behind {saved['max_length']} pieces)")
+    if tokens.count(tokenizer.mask_token_id) < gaps:
+        bad.append(f"'{shorten(text)}' (a gap lies behind {saved['max_length']} tokens)")
         return []
-    return pieces
+    return tokens
 
 
-def whole_text(model: nn.Module, tokenizer, text: str, pieces: list[int]) -> dict:
+def whole_text(model: nn.Module, tokenizer, text: str, tokens: list[int]) -> dict:
     """A row of surprise.csv."""
-    terms = log_likelihoods(model, tokenizer, pieces)
-    known = [piece for piece in pieces if piece not in tokenizer.all_special_ids]
+    terms = log_likelihoods(model, tokenizer, tokens)
+    known = [token for token in tokens if token not in tokenizer.all_special_ids]
     least = min(range(len(terms)), key=terms.__getitem__)
     return {
         "text": text,
-        "pieces": len(terms),
+        "tokens": len(terms),
         "log_likelihood": sum(terms),
-        "per_piece": sum(terms) / len(terms),
+        "per_token": sum(terms) / len(terms),
         "most_surprising": tokenizer.decode([known[least]]).strip(),
     }
 
 
 class SortedTable:
-    """A csv that is sorted by `per_piece` when it is whole; of each row only score and place are
+    """A csv that is sorted by `per_token` when it is whole; of each row only score and place are
     kept in memory.
     """
 
     def __init__(self, path: Path):
-        self.path, self.beside = path, path.with_suffix(".unsorted")
-        self.file = self.beside.open("w+", newline="", encoding="utf-8")
+        self.path, self.temporary = path, path.with_suffix(".unsorted")
+        self.file = self.temporary.open("w+", newline="", encoding="utf-8")
         self.scores, self.places = array("d"), array("q")
 
     def add(self, row: dict) -> None:
         if not self.scores:
             self.header = list(row)
-        self.scores.append(row["per_piece"])
+        self.scores.append(row["per_token"])
         self.places.append(self.file.tell())
         csv.writer(self.file).writerow(row.values())
 
@@ -164,7 +164,7 @@ class SortedTable:
                 if rank in shown:
                     rows.append(dict(zip(self.header, row, strict=True)))
         self.file.close()
-        self.beside.unlink()
+        self.temporary.unlink()
         return rows
 
 
@@ -178,7 +178,7 @@ def report(gaps: list[dict], surprise: list[dict], bad: list[str], folder: Path)
             best = ", ".join(f"{word} {prob:.0%}" for word, prob in words)
             print(f"{in_one_line(row['text'])}: {best}")
     for row in surprise:
-        print(f"{float(row['per_piece']):8.3f} per piece  {in_one_line(row['text'])}")
+        print(f"{float(row['per_token']):8.3f} per token  {in_one_line(row['text'])}")
     if bad:
         print(f"{len(bad)} texts left out, the first: {bad[0]}")
     if gaps:

@@ -1,6 +1,6 @@
 """A pretrained BERT learns by masked language modelling how people tweet about an earthquake.
 
-Beside it the same architecture from scratch with the same budget, and the most frequent pieces.
+Baselines: the same architecture from scratch with the same budget, and the most frequent tokens.
 The default, a small BERT, is pretrained first, on the English that comes with Python, and kept in
 data_dir.
 
@@ -85,8 +85,8 @@ from model import (
     resampled,
     small_bert,
     summary,
+    train_tokenizer,
     unigram_logits,
-    word_pieces,
 )
 from plots import plot_accuracy, plot_curves, plot_gaps
 
@@ -251,11 +251,11 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
         *found, pretraining = read_kept(folder, config.dropout)
         about |= {"name": "small BERT", "pretraining": pretraining}
     else:
-        seed_everything(0, "head")  # where the checkpoint lacks one
+        seed_everything(0, "head")  # where the checkpoint has none
         with one_first():
             found = find_model(config.model, config.data_dir)
         if config.max_length > (most := longest_text(*found[:2])):
-            raise DataError(f"max_length: {config.model} takes {most} pieces at most")
+            raise DataError(f"max_length: {config.model} takes {most} tokens at most")
         open_run(run, config, *data, found[0].state_dict())
     model, tokenizer, missing = found
     about |= {"missing": missing, "parameters": sum(p.numel() for p in model.parameters())}
@@ -290,11 +290,11 @@ def small_bert_folder(config: Config) -> Path:
 
 
 def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> None:
-    """Word pieces and a small BERT from general English, written into `folder`."""
+    """WordPiece tokens and a small BERT from general English, written into `folder`."""
     print("reading the English that comes with Python, to pretrain a small BERT")
     texts = general_english(config.pretrain_characters)
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    tokenizer = word_pieces(texts, config.vocabulary, config.max_length)
+    tokenizer = train_tokenizer(texts, config.vocabulary, config.max_length)
     masking = Masking(tokenizer, config.pretrain_mask_probability, config.whole_words)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(config.seed))
     held_out, texts = ([texts[i] for i in part] for part in order.tensor_split([len(order) // 20]))
@@ -317,7 +317,7 @@ def pretrain(folder: Path, config: Config, run: Path, device: torch.device) -> N
         "scikit-learn": version("scikit-learn"),
         "paragraphs": len(texts),
         "characters": sum(map(len, texts)),
-        "pieces": sum(len(text["input_ids"]) for text in train),
+        "tokens": sum(len(text["input_ids"]) for text in train),
         "sha256": digest,
         "epochs": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
     }
@@ -332,17 +332,17 @@ def keep(model: nn.Module, tokenizer, about: dict, folder: Path) -> None:
     for old in folder.parent.glob("small-bert-*.tmp"):  # of a run that was killed
         if time.time() - old.stat().st_mtime > 3600:
             shutil.rmtree(old, ignore_errors=True)
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        (beside / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
-        beside.rename(folder)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "pretraining.json").write_text(json.dumps(about, indent=2) + "\n")
+        temporary.rename(folder)
     except Exception as error:  # a full disk is no OSError to safetensors
         if not folder.exists():  # else another run was first, and its weights are the same
             raise DataError(f"{folder} could not be written: {error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_kept(folder: Path, dropout: float) -> tuple[nn.Module, object, list[str], dict]:
@@ -358,7 +358,7 @@ def read_kept(folder: Path, dropout: float) -> tuple[nn.Module, object, list[str
 
 
 def compare(start: Start, config: Config, run: Path, seed: int) -> Trial:
-    """Fine-tuned beside from scratch: the same tweets, masks, epochs at most and patience."""
+    """Fine-tuned and from scratch: the same tweets, masks, epochs at most and patience."""
     tweets, pad_id = load_tweets(config, seed), start.tokenizer.pad_token_id
     train, val, test = (encode(start.tokenizer, part, config.max_length) for part in tweets[1:4])
     val = several_masks(val, start.masking, 2 * seed, config.val_masks)
@@ -431,9 +431,9 @@ def train_one_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     label: str,
 ) -> float:
-    """Loss per chosen piece. Raises FloatingPointError if a loss was not finite."""
+    """Loss per chosen token. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    losses, pieces, began = [], 0, time.perf_counter()
+    losses, tokens, began = [], 0, time.perf_counter()
     for chosen in tqdm(batches, label, leave=False, disable=None):
         batch = masking([stage.train[place] for place in chosen])
         count = int((batch["labels"] != IGNORE).sum())
@@ -448,10 +448,10 @@ def train_one_epoch(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach() * count)
-        pieces += count
+        tokens += count
         if len(losses) == FIRST_STEPS:
             tell_time(stage, schedule, (time.perf_counter() - began) / FIRST_STEPS)
-    return float(sum_losses(losses, label)) / max(pieces, 1)
+    return float(sum_losses(losses, label)) / max(tokens, 1)
 
 
 def tell_time(stage: Stage, schedule: torch.optim.lr_scheduler.LRScheduler, seconds: float) -> None:
@@ -471,10 +471,10 @@ def scores_of(model: nn.Module, masked: list[dict], pad_id: int) -> torch.Tensor
 
 
 def several_masks(texts: list[dict], masking: Masking, seed: int, count: int) -> list[dict]:
-    """Each text under `count` fixed masks. Raises DataError if they choose no piece."""
+    """Each text under `count` fixed masks. Raises DataError if they choose no token."""
     masked = [one for number in range(count) for one in masking.fixed(texts, seed, number)]
     if not any((one["labels"] != IGNORE).any() for one in masked):
-        raise DataError("mask_probability: not one piece of the validation texts was chosen")
+        raise DataError("mask_probability: not one token of the validation texts was chosen")
     return masked
 
 
@@ -545,8 +545,8 @@ def fill_prompts(trial: Trial, start: Start) -> list[dict]:
     """PROMPTS and their best fillings by each model."""
     tokenizer = start.tokenizer
     texts = [prompt.replace("[MASK]", tokenizer.mask_token) for prompt in PROMPTS]
-    pieces = tokenizer(texts)["input_ids"]
-    found = {name: fill(model, tokenizer, pieces) for name, model in trial.models.items()}
+    tokens = tokenizer(texts)["input_ids"]
+    found = {name: fill(model, tokenizer, tokens) for name, model in trial.models.items()}
     best = {name: best_words(tokenizer, probs) for name, probs in found.items()}
     return [
         {"text": prompt.split("[MASK]"), "word": None, "best": {n: b[row] for n, b in best.items()}}
@@ -560,20 +560,20 @@ def fill_tweets(trial: Trial, start: Start, config: Config) -> list[dict]:
     """
     found, texts, generator = [], [], torch.Generator().manual_seed(config.seed)
     for one in encode(start.tokenizer, trial.tweets.test[:GAPS], config.max_length):
-        text, spans, pieces = one["text"], one["offset_mapping"], one["input_ids"]
+        text, spans, tokens = one["text"], one["offset_mapping"], one["input_ids"]
         if not (places := whole_words(text, spans)):
             continue
         place = places[int(torch.randint(len(places), (1,), generator=generator))]
         begin, end = spans[place]
         gap = {"text": [text[:begin], text[end:]], "word": text[begin:end].strip()}
-        found.append(gap | {"piece": pieces[place], "best": {}, "log_prob": {}})
-        texts.append([*pieces[:place], start.tokenizer.mask_token_id, *pieces[place + 1 :]])
+        found.append(gap | {"token": tokens[place], "best": {}, "log_prob": {}})
+        texts.append([*tokens[:place], start.tokenizer.mask_token_id, *tokens[place + 1 :]])
     for name, model in trial.models.items() if found else ():
         probs = torch.cat([fill(model, start.tokenizer, [text]) for text in texts])
         best = best_words(start.tokenizer, probs)
         for row, gap in enumerate(found):
             gap["best"][name] = best[row]
-            gap["log_prob"][name] = float(probs[row, gap["piece"]].log())
+            gap["log_prob"][name] = float(probs[row, gap["token"]].log())
     return found
 
 

@@ -191,7 +191,7 @@ def main() -> None:
 def photographs_task(
     config: Config, run: Path, device: torch.device
 ) -> tuple[Task, list[nn.Module], dict]:
-    """Pictures of one's own, with what the network sees in them; numbers for metrics.json."""
+    """Your own pictures, with what the network sees in them; numbers for metrics.json."""
     photographs = load_photographs(
         config.images, data_dir=config.data_dir, size=config.image_size, count=config.picture_count
     )

@@ -284,7 +284,7 @@ def plot_new_points(
     path: Path,
 ) -> None:
     """The map of the training pictures (N, 2) with new points (M, 2) as stars in the colour of the
-    predicted class, and a few of the new pictures beside their points.
+    predicted class, and a few of the new pictures next to their points.
     """
     figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
     palette = colours(classes)

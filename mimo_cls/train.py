@@ -347,7 +347,7 @@ def predict_all(networks: list[MimoWideResNet], parts: dict[str, Tensor]) -> dic
     }
 
 
-def judge_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[float]]:
+def evaluate_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[float]]:
     """The numbers of one arm in one run, from its members' log p_m (N, M, C) by part.
 
     corrupted_ is the mean over all kinds and severities, _tempered with one temperature fitted on
@@ -383,20 +383,20 @@ def summarise(said: dict[str, list[dict[str, Tensor]]], data: Data, config: Conf
         [{part: x[:, m : m + 1] for part, x in one.items()} for one in said["mimo"]]
         for m in range(config.members)
     ]
-    judged = {name: [judge_arm(one, data) for one in runs] for name, runs in said.items()}
-    one_member = [judge_arm(one, data) for runs in members for one in runs]
-    metrics = {"arms": {name: over_runs(numbers) for name, numbers in judged.items()}}
+    evaluated = {name: [evaluate_arm(one, data) for one in runs] for name, runs in said.items()}
+    one_member = [evaluate_arm(one, data) for runs in members for one in runs]
+    metrics = {"arms": {name: over_runs(numbers) for name, numbers in evaluated.items()}}
     metrics["arms"]["member"] = over_runs(one_member)
     differing = [diversity(one["test"]) for one in said["mimo"]]
     metrics["diversity"] = {name: mean(one[name] for one in differing) for name in differing[0]}
     if config.compare:
-        metrics["mimo_minus_twin"] = paired(judged["mimo"], judged["twin"])
+        metrics["mimo_minus_twin"] = paired(evaluated["mimo"], evaluated["twin"])
         metrics["mimo_minus_twin"] |= clean_errors(said, data)
     return metrics
 
 
 def over_runs(numbers: list[dict]) -> dict[str, dict]:
-    """Mean and standard deviation of each number of judge_arm over the runs."""
+    """Mean and standard deviation of each number of evaluate_arm over the runs."""
     found = {}
     for name in numbers[0]:
         values = torch.tensor([one[name] for one in numbers], dtype=torch.float64)
@@ -435,21 +435,21 @@ def study(data: Data, config: Config, run: Path) -> list[dict]:
     """What MIMO has over its twin, by width, M and rho, at equal compute, over the runs."""
     parts, found = images_by_part(data), []
     for width in config.study_widths:
-        twins = judged_runs(Plan(width, 1, 0.0, 0), parts, data, config, run)
+        twins = evaluate_runs(Plan(width, 1, 0.0, 0), parts, data, config, run)
         for members in config.study_members:
             for rho in config.study_repetitions:
                 plan = Plan(width, members, rho, 0)
-                ensembles = judged_runs(plan, parts, data, config, run)
+                ensembles = evaluate_runs(plan, parts, data, config, run)
                 row = {"width": width, "members": members, "input_repetition": rho}
                 row |= {"twin": over_runs(twins), "mimo": over_runs(ensembles)}
                 found.append(row | {"mimo_minus_twin": paired(ensembles, twins)})
     return found
 
 
-def judged_runs(
+def evaluate_runs(
     plan: Plan, parts: dict[str, Tensor], data: Data, config: Config, run: Path
 ) -> list[dict]:
-    """Numbers of judge_arm for each run of a plan, and how often two members disagree."""
+    """Numbers of evaluate_arm for each run of a plan, and how often two members disagree."""
     found = []
     for number in range(config.runs):
         said = predict_all([fit(plan._replace(number=number), data, config, run)], parts)
@@ -458,7 +458,7 @@ def judged_runs(
             float(scores(one, data.test.y.cpu())["accuracy"]) for one in said["test"].unbind(1)
         ]
         about = {"disagreement": disagreement, "worst_member_accuracy": min(alone)}
-        found.append(judge_arm(said, data) | about)
+        found.append(evaluate_arm(said, data) | about)
     return found
 
 

@@ -51,7 +51,7 @@ def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
     if path.is_file():
         check_sum(path, checksum)
         return path
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
@@ -59,14 +59,14 @@ def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
             size = int(answer.headers.get("Content-Length") or 0)
             about = f"{what} ({size / 1e6:.1f} MB)" if size else what
             tqdm.write(f"downloading {about} from {url} to {path}", file=sys.stderr)
-            copy_stream(answer, beside, size)
-        check_sum(beside, checksum)
-        beside.replace(path)
+            copy_stream(answer, temporary, size)
+        check_sum(temporary, checksum)
+        temporary.replace(path)
     except (OSError, HTTPException, ValueError, DataError) as error:
         reason = f"{what} is not in {path.parent} and could not be downloaded from {url}"
         raise DataError(f"{reason}: {error or type(error).__name__}; by hand: {path}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -217,15 +217,15 @@ def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
     with suppress(Exception):  # not there, or damaged
         return torch.load(path, weights_only=True)
     result = make()
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     with suppress(OSError, RuntimeError):  # torch.save on a full disk is a RuntimeError
         for old in folder.glob(f"{name}-*.part"):  # of a run that was killed
             if time.time() - old.stat().st_mtime > 3600:
                 old.unlink()
-        torch.save(result, beside)
-        beside.replace(path)
+        torch.save(result, temporary)
+        temporary.replace(path)
     with suppress(OSError):
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return result
 
 
@@ -312,15 +312,15 @@ def fetch_idx(mirrors: list[str], packed: str, md5: str, path: Path) -> Path:
 
 def unzip(packed: Path, path: Path) -> None:
     """`path` from its .gz file; raises DataError if that is damaged."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with gzip.open(packed) as source, beside.open("wb") as file:
+        with gzip.open(packed) as source, temporary.open("wb") as file:
             shutil.copyfileobj(source, file)
-        beside.replace(path)
+        temporary.replace(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{packed}: damaged; remove it and start again ({error})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 class Images(NamedTuple):

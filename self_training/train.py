@@ -2,7 +2,7 @@
 
 Round 0 trains on the few labelled pictures. Every further round labels the pool with the averaged
 network of the round before, with a threshold for each class, and trains on these pictures, strongly
-augmented, beside the labelled ones. The round whose labels changed least is kept.
+augmented, together with the labelled ones. The round whose labels changed least is kept.
 
 Run it with `python self_training/train.py`, or with `--labels_per_class 1`.
 """
@@ -175,7 +175,8 @@ def main() -> None:
     (run / "weights").mkdir(exist_ok=True)
     outcomes = [{arm.name: self_train(trial, arm) for arm in arms_of(trial)} for trial in trials]
     # every decision has been made: only now are test pictures and hidden labels looked at
-    metrics = summarise([judge(*both) for both in zip(trials, outcomes, strict=True)], config)
+    reports = [evaluate_arms(*both) for both in zip(trials, outcomes, strict=True)]
+    metrics = summarise(reports, config)
     plot_results(source, metrics, trials[0], outcomes[0][config.method])
     write_labels(source, trials[0], outcomes[0][config.method])
     save_model(source, trials[0], outcomes[0][config.method])
@@ -469,13 +470,13 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 # --- test -------------------------------------------------------------------------------------
 
 
-def judge(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
+def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     """Test accuracy of every network of one repeat, and how many pseudo-labels were right."""
     config, splits = trial.config, trial.splits
     parts = {"labelled": splits.labelled.x, "validation": splits.val.x}
     parts |= {"pool": splits.pool, "test": splits.test.x}
-    judged = {"sizes": {name: len(part) for name, part in parts.items()}}
-    judged["arms"] = {
+    report = {"sizes": {name: len(part) for name, part in parts.items()}}
+    report["arms"] = {
         name: {
             "rounds": [judge_round(trial, name, row) for row in outcome.rows],
             "kept": outcome.kept,
@@ -484,11 +485,11 @@ def judge(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
         for name, outcome in outcomes.items()
     }
     if config.compare:
-        judged["sklearn"] = judge_sklearn(trial, "supervised", splits.labelled)
+        report["sklearn"] = evaluate_sklearn(trial, "supervised", splits.labelled)
         if config.val_per_class:
             both = add_images(splits.labelled, splits.val)
-            judged["sklearn_val"] = judge_sklearn(trial, "supervised_val", both)
-    return judged
+            report["sklearn_val"] = evaluate_sklearn(trial, "supervised_val", both)
+    return report
 
 
 def judge_round(trial: Trial, name: str, row: dict) -> dict:
@@ -502,7 +503,7 @@ def judge_round(trial: Trial, name: str, row: dict) -> dict:
 
 
 @torch.no_grad()
-def judge_sklearn(trial: Trial, name: str, labelled: Images) -> dict[str, float]:
+def evaluate_sklearn(trial: Trial, name: str, labelled: Images) -> dict[str, float]:
     """Test accuracies of scikit-learn's classifiers on pixels, and on the features of `name`."""
     splits, model = trial.splits, read_model(trial, name, 0).eval()
     pool = splits.pool[: trial.config.sklearn_pool]
@@ -526,7 +527,7 @@ def summarise(repeats: list[dict], config: Config) -> dict:
     """metrics.json's numbers: mean and standard deviation over the repeats."""
     metrics = {"sizes": repeats[0]["sizes"], "arms": {}}
     for name in repeats[0]["arms"]:
-        trials = [judged["arms"][name] for judged in repeats]
+        trials = [report["arms"][name] for report in repeats]
         metrics["arms"][name] = summarise_arm(trials, stop_of(name, config))
     for key in ("sklearn", "sklearn_val"):
         if key in repeats[0]:
@@ -534,7 +535,7 @@ def summarise(repeats: list[dict], config: Config) -> dict:
             metrics[key] = {
                 name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
             }
-    rounds = [arm["rounds"] for judged in repeats for arm in judged["arms"].values()]
+    rounds = [arm["rounds"] for report in repeats for arm in report["arms"].values()]
     seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
     metrics["seconds_per_round"] = median(seconds) if seconds else None
     return metrics

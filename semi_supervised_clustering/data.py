@@ -2,7 +2,7 @@
 
 penguins  Palmer penguins (Horst, Hill & Gorman 2020, CC0; penguins.csv in this folder): species
           from four measurements
-csv       one's own table
+csv       your own table
 iris, wine, breast_cancer, digits  real tables that come with scikit-learn
 blobs     Gaussian clouds of any number of points
 """
@@ -85,7 +85,7 @@ def load(
     blob_sizes: tuple[int, ...],
     seed: int,
 ) -> Table:
-    """The table `dataset`. Raises DataError if one's own cannot be used."""
+    """The table `dataset`. Raises DataError if your own cannot be used."""
     if dataset == "blobs":
         return load_blobs(blob_sizes, seed)
     if dataset in BUNDLED:
@@ -203,14 +203,14 @@ def read_lines_of_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_header(path: Path) -> list[str]:
-    """The columns' names. Raises DataError if one stands twice."""
+    """The columns' names. Raises DataError if one occurs twice."""
     _, row = next(read_lines_of_csv(path), (0, []))
     header = [nfc(name) for name in row]
     if not any(header):
         raise DataError(f"{path}: expected a header and rows below it")
     twice = [name for name in header if name and header.count(name) > 1]
     if twice:
-        raise DataError(f"{path}: the column '{twice[0]}' stands twice")
+        raise DataError(f"{path}: the column '{twice[0]}' occurs twice")
     return header
 
 

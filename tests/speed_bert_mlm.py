@@ -1,6 +1,6 @@
 """Training speed of bert_mlm's recipe and of the usual one, in turn, on the same masked tweets.
 
-The usual one pads to max_length and has the head on every piece, in fp32. Run it with
+The usual one pads to max_length and has the head on every token, in fp32. Run it with
 `python tests/speed_bert_mlm.py RUN` on the folder of a finished run, with nothing else running.
 """
 
@@ -21,13 +21,13 @@ LENGTH, BATCH = 64, 16
 
 
 def ordinary_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """As usually written: the head on every piece, in fp32."""
+    """As usually written: the head on every token, in fp32."""
     answer = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return answer.logits[batch["labels"] != IGNORE]
 
 
 def pass_over(batches: list[dict], model: nn.Module, logits_of: Callable, optimizer) -> float:
-    """Train on every batch once; the loss per chosen piece."""
+    """Train on every batch once; the loss per chosen token."""
     total, count = 0.0, 0
     for batch in batches:
         labels = batch["labels"][batch["labels"] != IGNORE]

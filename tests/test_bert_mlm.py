@@ -1,4 +1,4 @@
-"""bert_mlm: which pieces are masked, what is summed and divided, bad data, and killed runs."""
+"""bert_mlm: which tokens are masked, what is summed and divided, bad data, and killed runs."""
 
 import copy
 import csv
@@ -45,7 +45,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model.word_pieces(TEXTS[:5] * 3, 300, 64)
+    return model.train_tokenizer(TEXTS[:5] * 3, 300, 64)
 
 
 def new_model(config_class, tokenizer, **options):
@@ -76,7 +76,7 @@ def many_masks(tokenizer, **options) -> tuple[list[dict], dict]:
     return texts, {name: torch.stack([b[name] for b in batches]) for name in batches[0]}
 
 
-def test_special_and_padding_pieces_are_never_masked(tokenizer):
+def test_special_and_padding_tokens_are_never_masked(tokenizer):
     texts, batch = many_masks(tokenizer)
     for row, text in enumerate(texts):
         special = [p in tokenizer.all_special_ids for p in text["input_ids"]]
@@ -126,7 +126,7 @@ def test_a_fixed_mask_hangs_on_the_place_alone(tokenizer):
 
 def test_whole_words_are_masked_whole(tokenizer):
     texts, batch = many_masks(tokenizer, whole_words=True)
-    inside = 0  # pieces that go on with the word before them
+    inside = 0  # tokens that go on with the word before them
     for row, text in enumerate(texts[:6]):
         spans = text["offset_mapping"]
         chosen = batch["labels"][:, row] != model.IGNORE
@@ -145,13 +145,13 @@ ARCHITECTURES = [BertConfig, RobertaConfig, DistilBertConfig, AlbertConfig]
 
 
 def ordinary_logits(net, batch):
-    """As usually written: the head on every piece."""
+    """As usually written: the head on every token."""
     answer = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return answer.logits[batch["labels"] != model.IGNORE]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_head_on_chosen_pieces_equals_the_head_on_all(tokenizer, architecture):
+def test_the_head_on_chosen_tokens_equals_the_head_on_all(tokenizer, architecture):
     net = new_model(architecture, tokenizer)
     masked = masked_texts(tokenizer)
     long, short = model.pad(masked, 0, 64), model.pad(masked, 0)
@@ -170,7 +170,7 @@ def test_the_head_on_chosen_pieces_equals_the_head_on_all(tokenizer, architectur
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_perplexity_is_that_of_all_pieces_whatever_the_batch_size(tokenizer):
+def test_perplexity_is_that_of_all_tokens_whatever_the_batch_size(tokenizer):
     net, masked = new_model(BertConfig, tokenizer), masked_texts(tokenizer)
     for weight in net.parameters():
         weight.data *= 3  # far from uniform, so that means of batch means would differ
@@ -183,10 +183,10 @@ def test_perplexity_is_that_of_all_pieces_whatever_the_batch_size(tokenizer):
     for batch_size in (1, 2, 5):
         answer = model.summary(model.evaluate(net, masked, 0, batch_size))
         assert answer["perplexity"] == pytest.approx(expected, rel=1e-5)
-        assert answer["pieces"] == len(losses)
+        assert answer["tokens"] == len(losses)
         assert answer["loss"] == pytest.approx(math.log(expected), rel=1e-5)
         parts = answer["by_kind"].values()
-        assert sum(part["pieces"] * part["loss"] for part in parts) == pytest.approx(sum(losses))
+        assert sum(part["tokens"] * part["loss"] for part in parts) == pytest.approx(sum(losses))
 
 
 def test_a_text_without_a_mask_is_no_nan(tokenizer):
@@ -202,8 +202,8 @@ def test_a_text_without_a_mask_is_no_nan(tokenizer):
 
 def test_scores_by_hand():
     logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [3.0, 2, 1, 0, -1, -2], [0.0, 0, 9, 0, 0, 0]])
-    first = model.piece_scores(logits, torch.tensor([0, 5, 2]))
-    second = model.piece_scores(logits[:1], torch.tensor([4]))
+    first = model.token_scores(logits, torch.tensor([0, 5, 2]))
+    second = model.token_scores(logits[:1], torch.tensor([4]))
     texts = [
         {"labels": torch.tensor([-100, 0, 5, 2]), "kinds": torch.tensor([0, 0, 0, 3]), "place": 1},
         {"labels": torch.tensor([4]), "kinds": torch.tensor([3]), "place": 0},
@@ -211,7 +211,7 @@ def test_scores_by_hand():
     sums = model.no_sums(texts)
     model.add_scores(sums, texts, torch.cat((first, second)))
     answer = model.summary(sums)
-    assert (answer["pieces"], answer["top1"], answer["top5"]) == (4, 0.5, 0.75)
+    assert (answer["tokens"], answer["top1"], answer["top5"]) == (4, 0.5, 0.75)
     assert answer["by_kind"]["hashtag"]["top1"] == 0.5
     assert answer["by_kind"]["common word"]["top5"] == 1
     assert set(answer["by_kind"]) == {"hashtag", "common word"}
@@ -247,17 +247,17 @@ def test_fixed_masks_of_other_numbers_differ_and_hide_their_share(tokenizer):
 def test_pseudo_log_likelihood_and_fillings_by_brute_force(tokenizer):
     net = new_model(BertConfig, tokenizer)
     (text,) = model.encode(tokenizer, TEXTS[4:5], 64)
-    pieces, expected = text["input_ids"], []
+    tokens, expected = text["input_ids"], []
     for place, special in enumerate(text["special_tokens_mask"]):
         if not special:
-            hidden = torch.tensor([pieces])
+            hidden = torch.tensor([tokens])
             hidden[0, place] = tokenizer.mask_token_id
             logits = net(hidden).logits.detach()[0, place]
-            expected.append(float(logits.log_softmax(-1)[pieces[place]]))
-    terms = model.log_likelihoods(net, tokenizer, pieces, batch_size=3)
+            expected.append(float(logits.log_softmax(-1)[tokens[place]]))
+    terms = model.log_likelihoods(net, tokenizer, tokens, batch_size=3)
     assert terms == pytest.approx(expected, rel=1e-5)
     mask = tokenizer.mask_token_id
-    gaps = [[*pieces[:2], mask, *pieces[3:]], [2, mask, 50, mask, 3]]
+    gaps = [[*tokens[:2], mask, *tokens[3:]], [2, mask, 50, mask, 3]]
     probs = model.fill(net, tokenizer, gaps)
     assert torch.allclose(probs[0], net(torch.tensor(gaps[:1])).logits[0, 2].softmax(-1))
     assert torch.allclose(probs[1:], net(torch.tensor(gaps[1:])).logits[0, [1, 3]].softmax(-1))
@@ -287,7 +287,7 @@ def test_rates_by_part_decay_and_schedule(tokenizer):
     assert rates == pytest.approx([0, 0.05] + [0.1 * (10 - n) / 8 for n in range(2, 10)])
 
 
-def test_the_unigram_baseline_counts_pieces(tokenizer):
+def test_the_unigram_baseline_counts_tokens(tokenizer):
     texts = model.encode(tokenizer, ["dog dog fox", "dog"], 64)
     probs = model.unigram_logits(texts, len(tokenizer)).exp()
     dog, fox = tokenizer.convert_tokens_to_ids(["dog", "fox"])
@@ -298,7 +298,7 @@ def test_the_unigram_baseline_counts_pieces(tokenizer):
     assert float(probs.sum()) == pytest.approx(1)
 
 
-def test_kinds_of_pieces():
+def test_kinds_of_tokens():
     text = "\"#Quake hits Turkey's coast, @bob http 12"
     spans = [(0, 1), (1, 2), (2, 4), (4, 7), (8, 12), (13, 19), (20, 21), (22, 27), (27, 28),
              (29, 30), (30, 33), (34, 38), (39, 41), (0, 0)]  # fmt: skip
@@ -308,9 +308,9 @@ def test_kinds_of_pieces():
     assert names[9:13] == ["name", "name", "link", "number or sign"]
 
 
-def test_the_same_texts_give_the_same_pieces():
+def test_the_same_texts_give_the_same_tokens():
     texts = data.general_english(20_000)
-    vocabularies = [model.word_pieces(texts, 500, 64).get_vocab() for _ in range(4)]
+    vocabularies = [model.train_tokenizer(texts, 500, 64).get_vocab() for _ in range(4)]
     assert 490 <= len(vocabularies[0]) <= 500
     assert {"earthquake", "rubble"} < vocabularies[0].keys()
     assert sorted(vocabularies[0].values()) == [*range(len(vocabularies[0]))]
@@ -513,7 +513,7 @@ def settings(**changes) -> object:
 
 @pytest.fixture(scope="module")
 def start():
-    tokenizer = model.word_pieces(some_texts(0, 60), 300, 64)
+    tokenizer = model.train_tokenizer(some_texts(0, 60), 300, 64)
     torch.manual_seed(1)
     net = model.small_bert(tokenizer, layers=1, width=16)
     net.config.hidden_dropout_prob = 0.1
@@ -630,14 +630,14 @@ def test_two_steps_by_hand(start, monkeypatch):
     torch.manual_seed(5)
     loss = T.train_one_epoch(net, stage, batches, masking, optimizer, schedule, "s")
     torch.manual_seed(5)
-    moments, losses, pieces, norms = {}, 0.0, 0, []
+    moments, losses, tokens, norms = {}, 0.0, 0, []
     for step, chosen in enumerate(batches, start=1):
         batch = masking([texts[place] for place in chosen])
         kept = batch["labels"] != model.IGNORE
         logits = plain(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[kept]
         mean = F.cross_entropy(logits, batch["labels"][kept])
         grads = torch.autograd.grad(mean, list(plain.parameters()))
-        losses, pieces = losses + float(mean.detach()) * int(kept.sum()), pieces + int(kept.sum())
+        losses, tokens = losses + float(mean.detach()) * int(kept.sum()), tokens + int(kept.sum())
         norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
         share = [0.0, 1.0][step - 1]  # of the peak: one step of warm-up out of four
         for (name, weight), grad in zip(plain.named_parameters(), grads, strict=True):
@@ -649,7 +649,7 @@ def test_two_steps_by_hand(start, monkeypatch):
             weight.data *= 1 - lr * (0.3 if weight.ndim > 1 else 0.0)
             weight.data -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
     assert max(norms) > 1
-    assert loss == pytest.approx(losses / pieces, rel=1e-5)
+    assert loss == pytest.approx(losses / tokens, rel=1e-5)
     before = dict(start.model.named_parameters())
     for (name, weight), expected in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(weight, expected, atol=2e-4), name
@@ -732,7 +732,7 @@ def test_masks_are_added_until_their_choice_no_longer_matters(start):
 
 
 def test_known_scores_come_out_under_the_right_names():
-    """Two pieces of loss 1, 2, 3, 4 by arm, of which 0, 1, 1, 2 are hit."""
+    """Two tokens of loss 1, 2, 3, 4 by arm, of which 0, 1, 1, 2 are hit."""
     sums = {}
     for number, name in enumerate(("before", "after", "scratch", "unigram"), start=1):
         sums[name] = torch.zeros(3, 5, len(model.KINDS), 4, dtype=torch.float64)
@@ -778,8 +778,8 @@ def texts_of(stage, masking) -> list[dict]:
     """The texts of masked validation texts, by putting the labels back."""
     found = []
     for one in stage.val:
-        pieces = torch.where(one["labels"] != model.IGNORE, one["labels"], one["input_ids"])
-        found.append({"text": masking.tokenizer.decode(pieces, skip_special_tokens=True)})
+        tokens = torch.where(one["labels"] != model.IGNORE, one["labels"], one["input_ids"])
+        found.append({"text": masking.tokenizer.decode(tokens, skip_special_tokens=True)})
     return found
 
 
@@ -799,14 +799,14 @@ def test_what_fine_tuning_starts_from(tmp_path, run_folder, monkeypatch):
     config = settings(model=tmp_path / "body", small_lr=0.7, lr=0.1)
     found = T.starting_point(config, tmp_path / "other", torch.device("cpu"), tweets)
     assert found.lr == 0.1 and "cls.predictions.bias" in found.about["missing"]
-    with pytest.raises(data.DataError, match=r"max_length: .* takes 64 pieces at most"):
+    with pytest.raises(data.DataError, match=r"max_length: .* takes 64 tokens at most"):
         long = settings(model=tmp_path / "body", max_length=65)
         T.starting_point(long, tmp_path / "none", torch.device("cpu"), tweets)
     assert not (tmp_path / "none").exists()
 
 
 def test_the_headline_is_recomputed_from_weights_and_tweets(run_folder):
-    """In plain lines, from the files of the run: the same masks, the same pieces."""
+    """In plain lines, from the files of the run: the same masks, the same tokens."""
     report = json.loads((run_folder / "metrics.json").read_text())
     config, test = settings(), report["metrics"]["test"]
     tweets = T.load_tweets(config, 0)
@@ -821,13 +821,13 @@ def test_the_headline_is_recomputed_from_weights_and_tweets(run_folder):
     texts = model.encode(tokenizer, tweets.test, 64)
     counts = torch.ones(len(tokenizer))
     for text in tweets.train:
-        for piece in tokenizer(text, truncation=True, max_length=64)["input_ids"]:
-            counts[piece] += piece not in tokenizer.all_special_ids
+        for token in tokenizer(text, truncation=True, max_length=64)["input_ids"]:
+            counts[token] += token not in tokenizer.all_special_ids
     for name in ("before", "after", "scratch", "unigram"):
         if name in weights:
             net.load_state_dict(weights[name])
         net.eval()
-        loss = hits = pieces = 0
+        loss = hits = tokens = 0
         for number in range(test[name]["masks"]):
             for one in masking.fixed(texts, 1, number):
                 chosen = one["labels"] != model.IGNORE
@@ -839,10 +839,10 @@ def test_the_headline_is_recomputed_from_weights_and_tweets(run_folder):
                     F.cross_entropy(logits.double(), one["labels"][chosen], reduction="sum")
                 )
                 hits += int((logits.argmax(1) == one["labels"][chosen]).sum())
-                pieces += int(chosen.sum())
-        assert test[name]["pieces"] == pieces
-        assert test[name]["loss"] == pytest.approx(loss / pieces, rel=1e-5)
-        assert test[name]["top1"] == pytest.approx(hits / pieces, abs=1.5 / pieces)
+                tokens += int(chosen.sum())
+        assert test[name]["tokens"] == tokens
+        assert test[name]["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert test[name]["top1"] == pytest.approx(hits / tokens, abs=1.5 / tokens)
         low, high = test[name]["perplexity_interval"]
         assert low < test[name]["perplexity"] < high
     assert 10 <= test["after"]["masks"] <= 100
@@ -941,7 +941,7 @@ def test_pictures_survive_the_least_data(tmp_path):
     rows = [{"epoch": 0, "val_loss": 3.0}]
     PROJECT.plots.plot_curves({"after": rows}, None, 3.0, "t", tmp_path / "b.png")
     own = {"top1": 0.0, "top5": 0.0, "top1_interval": [0.0, 0.0]}
-    own |= {"by_kind": {"link": {"pieces": 1, "top1": 0.0}}}
+    own |= {"by_kind": {"link": {"tokens": 1, "top1": 0.0}}}
     PROJECT.plots.plot_accuracy({"before": own, "after": own}, "t", tmp_path / "c.png")
     other = own | {"by_kind": {}}
     PROJECT.plots.plot_accuracy({"before": other, "after": other}, "t", tmp_path / "d.png")
@@ -979,8 +979,8 @@ def test_the_folder_loads_in_a_pipeline(run_folder):
 
 
 def test_the_network_exports(start):
-    net, pieces = copy.deepcopy(start.model).eval(), torch.randint(5, 200, (2, 7))
-    inputs = {"input_ids": pieces, "attention_mask": torch.ones_like(pieces)}
+    net, tokens = copy.deepcopy(start.model).eval(), torch.randint(5, 200, (2, 7))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     exported = torch.export.export(net, (), inputs).module()
     assert torch.allclose(exported(**inputs).logits, net(**inputs).logits, atol=1e-6)
 
@@ -1050,14 +1050,14 @@ def test_predict_sorts_whole_texts_by_surprise(tmp_path, run_folder):
         file.write("a,b,c\n,\n")
     _, gaps, rows = predict(run_folder, tmp_path, tmp_path / "a.csv", "--text_column", "text")
     assert not gaps and sorted(row["text"] for row in rows) == sorted(texts)
-    values = [float(row["per_piece"]) for row in rows]
+    values = [float(row["per_token"]) for row in rows]
     assert values == sorted(values) and values[0] < values[-1]
     for row in (rows[0], rows[-1]):
         clean = data.normalise(row["text"], "remove", "word")
         terms = model.log_likelihoods(net, tokenizer, tokenizer(clean)["input_ids"])
         assert float(row["log_likelihood"]) == pytest.approx(sum(terms), rel=1e-5)
-        assert int(row["pieces"]) == len(terms)
-        assert float(row["per_piece"]) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        assert int(row["tokens"]) == len(terms)
+        assert float(row["per_token"]) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
 def test_predict_reads_stdin_and_names_what_it_leaves_out(tmp_path, run_folder, monkeypatch):
@@ -1150,7 +1150,7 @@ def test_a_small_bert_that_is_damaged_or_cannot_be_kept_is_named(tmp_path, start
 def test_masks_that_choose_nothing_are_refused(start):
     texts = model.encode(start.tokenizer, ["water"], 64)
     never = model.Masking(start.tokenizer, 1e-12, False)
-    with pytest.raises(data.DataError, match="mask_probability: not one piece"):
+    with pytest.raises(data.DataError, match="mask_probability: not one token"):
         T.several_masks(texts, never, 0, 2)
 
 

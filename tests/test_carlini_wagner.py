@@ -356,7 +356,7 @@ def test_a_batch_gives_what_its_pictures_give_alone():
     torch.manual_seed(3)
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     x0 = torch.rand(4, 3, 4, 4, dtype=torch.float64)
-    x0[3] = 0.5  # an easy one beside hard ones: they need another c and stop at another time
+    x0[3] = 0.5  # an easy one among hard ones: they need another c and stop at another time
     x0 = to_8bit(x0)
     order = network(x0).argsort(1)
     target = torch.stack((order[0, 0], order[1, 0], order[2, 1], order[3, 2]))

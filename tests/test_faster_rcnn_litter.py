@@ -278,11 +278,11 @@ def brute_force_hits(predictions: list[dict], y: list[dict], iou: float) -> list
 
 
 def brute_force_ap(predictions: list[dict], y: list[dict], iou: float) -> float:
-    pieces = sum(len(one["boxes"]) for one in y)
+    truth = sum(len(one["boxes"]) for one in y)
     found, points = 0, []
     for number, (_, hit) in enumerate(brute_force_hits(predictions, y, iou), start=1):
         found += hit
-        points.append((found / pieces, found / number))
+        points.append((found / truth, found / number))
     levels = [
         max((p for r, p in points if r >= level), default=0) for level in np.linspace(0, 1, 101)
     ]
@@ -369,16 +369,16 @@ def test_the_working_confidence_is_the_best_of_all_that_are_allowed(limit):
     for threshold in sorted({float(s) for one in predictions for s in one["scores"]}):
         kept = [above(one, threshold) for one in predictions]
         found = sum(hit for _, hit in brute_force_hits(kept, y, 0.5))
-        predicted, pieces = sum(len(one["scores"]) for one in kept), counts.truth
-        alarms = sum(len(one["scores"]) for one, c in zip(kept, clean, strict=True) if c)
+        predicted, truth = sum(len(one["scores"]) for one in kept), counts.truth
+        false = sum(len(one["scores"]) for one, c in zip(kept, clean, strict=True) if c)
         expected = {
             "precision": found / predicted,
-            "recall": found / pieces,
-            "f1": 2 * found / (predicted + pieces),
-            "false_positives_per_clean_image": alarms / sum(clean),
+            "recall": found / truth,
+            "f1": 2 * found / (predicted + truth),
+            "false_positives_per_clean_image": false / sum(clean),
         }
         assert at_confidence(counts, threshold) == pytest.approx(expected)
-        if alarms <= limit * sum(clean):
+        if false <= limit * sum(clean):
             best = max(best, (expected["f1"], threshold))
     assert working_confidence(counts, limit) == best[1]
 
@@ -399,8 +399,8 @@ def test_false_positives_are_counted_for_the_confounder_they_lie_on():
 def test_mistakes_are_sorted_and_complete():
     y = [target([[0, 0, 10, 10], [50, 50, 90, 90], [200, 200, 280, 280]]), target([])]
     one = prediction([[0, 0, 10, 9], [70, 70, 90, 90]], [0.5, 0.4])
-    alarms, misses = mistakes([one, prediction([[1, 1, 9, 9]], [0.7])], y)
-    assert [(round(score, 3), number) for score, number, _ in alarms] == [(0.7, 1), (0.4, 0)]
+    false, misses = mistakes([one, prediction([[1, 1, 9, 9]], [0.7])], y)
+    assert [(round(score, 3), number) for score, number, _ in false] == [(0.7, 1), (0.4, 0)]
     assert [box.tolist()[0] for _, _, box in misses] == [200, 50]  # largest first
     assert [best for best, _, _ in misses] == pytest.approx([0, 0.25])
 

@@ -1058,7 +1058,7 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
     assert after["bald"]["mean"][1:] != before["bald"]["mean"][1:]
 
 
-# --- one's own pictures -----------------------------------------------------------------------
+# --- your own pictures ------------------------------------------------------------------------
 
 
 def test_predict_says_what_evaluation_says(tmp_path):

@@ -732,7 +732,7 @@ def test_plots_are_given_the_arms_and_the_run_that_they_name(monkeypatch, tmp_pa
 
 def test_a_temperature_is_fitted_on_validation_and_used_everywhere():
     some = {n: [0.9] * n + [0.1] * (10 - n) for n in range(11)}
-    found = TRAIN.judge_arm(said_by([some[7]], [some[9]], [some[5]], [[0.9] * 5]), known_data())
+    found = TRAIN.evaluate_arm(said_by([some[7]], [some[9]], [some[5]], [[0.9] * 5]), known_data())
     assert found["temperature"] == pytest.approx(math.log(9) / math.log(7 / 3), rel=1e-6)
     assert found["nll_tempered"] == pytest.approx(nll(0.9, 0.7))
     assert found["corrupted_nll_tempered"] == pytest.approx(nll(0.5, 0.7))
@@ -924,12 +924,12 @@ def test_without_a_comparison_only_the_ensemble_is_trained(tmp_path):
 def test_the_study_compares_each_ensemble_with_the_twin_of_its_width(tmp_path, monkeypatch):
     said = []
 
-    def judged_runs(plan, *_):
+    def evaluate_runs(plan, *_):
         said.append(plan)
         value = {"nll": 10.0 * plan.width + plan.members, "disagreement": plan.input_repetition}
         return [value, {name: x + plan.members for name, x in value.items()}]
 
-    monkeypatch.setattr(TRAIN, "judged_runs", judged_runs)
+    monkeypatch.setattr(TRAIN, "evaluate_runs", evaluate_runs)
     config = tiny_config("--study_widths", "1,2", "--study_members", "2,3")
     rows = TRAIN.study(digits(size=8), config, tmp_path)
     assert [(row["width"], row["members"], row["input_repetition"]) for row in rows] == [
@@ -961,7 +961,7 @@ def test_the_study_trains_what_it_says():
     assert len(stages) == 4 + 4 + 2  # what the arms have trained is not trained again
 
 
-# --- one's own pictures -----------------------------------------------------------------------
+# --- your own pictures ------------------------------------------------------------------------
 
 
 def test_predict_says_what_evaluation_says(tmp_path):

@@ -131,7 +131,7 @@ def test_paths_of_a_file_are_seen_from_the_project_and_those_of_flags_from_here(
     [
         ("epohcs: 2", "unknown key 'epohcs', did you mean 'epochs'?"),
         ("colour: 2", "unknown key 'colour'"),
-        ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+        ("seed: 1\nseed: 2", "key 'seed' occurs twice"),
         ("epochs: many", "epochs: expected int, found 'many'"),
         ("epochs: 1e-3", "epochs: expected int, found '1e-3'"),
         ("epochs: 0", "epochs: expected at least 1, found 0"),

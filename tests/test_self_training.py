@@ -564,10 +564,10 @@ def outputs(trial: object) -> dict[str, dict]:
     """Of each arm what training decided, and what the test says."""
     arms = PROJECT.train.arms_of(trial)
     outcomes = {arm.name: PROJECT.train.self_train(trial, arm) for arm in arms}
-    judged = PROJECT.train.judge(trial, outcomes)
-    found = {"sklearn": {"test": judged["sklearn"]}, "sklearn_val": {"test": judged["sklearn_val"]}}
+    report = PROJECT.train.evaluate_arms(trial, outcomes)
+    found = {"sklearn": {"test": report["sklearn"]}, "sklearn_val": {"test": report["sklearn_val"]}}
     for name, outcome in outcomes.items():
-        rows = judged["arms"][name]["rounds"]
+        rows = report["arms"][name]["rounds"]
         labels = [PROJECT.train.read_round(trial, name, n).given.label for n in range(len(rows))]
         models = [PROJECT.train.read_model(trial, name, n).state_dict() for n in range(len(rows))]
         state = [torch.cat([x.double().flatten() for x in m.values()]).tolist() for m in models]
@@ -841,9 +841,9 @@ def test_scikit_learn_gets_the_same_labels_and_the_right_features(tmp_path, monk
         return {"k=1": len(calls)}
 
     monkeypatch.setattr(PROJECT.train, "sklearn_accuracy", keep)
-    judged = PROJECT.train.judge(trial, outcomes)
-    assert list(judged["sklearn"].values()) == [1, 2, 3, 4, 5, 6]
-    assert list(judged["sklearn_val"].values()) == [7, 8, 9, 10, 11, 12]
+    report = PROJECT.train.evaluate_arms(trial, outcomes)
+    assert list(report["sklearn"].values()) == [1, 2, 3, 4, 5, 6]
+    assert list(report["sklearn_val"].values()) == [7, 8, 9, 10, 11, 12]
     splits = trial.splits
     both = torch.cat((splits.labelled.x, splits.val.x))
     for name, images, own in (
@@ -935,7 +935,7 @@ def test_each_repeat_has_a_split_and_weights_of_its_own(tmp_path):
 
 
 def made_repeat(offset: float) -> dict:
-    """What judge gives, each arm and each of its rounds with a number of its own."""
+    """What evaluate_arms gives, each arm and each of its rounds with a number of its own."""
     arms = {}
     for place, name in enumerate(ARMS):
         rounds = [

@@ -642,7 +642,7 @@ def test_text_is_read_as_text(tmp_path):
         (CSV.replace("10", "ten"), "weight", "line 2: expected a number, found 'ten'"),
         (CSV.replace("10", "inf"), "weight", "line 2: expected a number, found 'inf'"),
         (CSV + "5,a\n", "all", "line 6: expected 4 values, found 2"),
-        (CSV.replace("weight", "size"), "all", "the column 'size' stands twice"),
+        (CSV.replace("weight", "size"), "all", "the column 'size' occurs twice"),
         (CSV, "height", "no column 'height'"),
         (CSV, "kind", "cannot be both feature and class"),
         ("kind,name\na,p\nb,q\n", "all", "no column but 'kind' holds numbers"),

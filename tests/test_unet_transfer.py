@@ -374,7 +374,7 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
         (lambda f: add_line(f, "03.png,dog"), "images/03.png has two classes: cat, dog"),
         (lambda f: as_jpeg(f), "masks/00.jpg: expected masks in PNG"),
         (lambda f: (f / "segments.txt").unlink(), "segments.txt: there is no such file"),
-        (lambda f: (f / "segments.txt").write_text("a\nb\n"), "index 2 stands in the mask"),
+        (lambda f: (f / "segments.txt").write_text("a\nb\n"), "index 2 occurs in the mask"),
         (lambda f: blank_masks(f), "the segment 'left' .index 1. is in no training mask"),
         (lambda f: spoil_mask(f, np.zeros((5, 5), np.uint8)), "03.png: expected class indices"),
         (lambda f: spoil_mask(f, np.zeros((18, 24, 3), np.uint8)), "03.png: expected class"),
