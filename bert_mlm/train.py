@@ -203,7 +203,7 @@ def main() -> None:
     trials = [compare(start, config, run, config.seed + n) for n in range(config.seeds)]
     metrics = summarise(trials, start)
     gaps = fill_tweets(trials[0], start, config)
-    prompts = fill_prompts(trials[0], start)
+    prompts = fill_prompts(trials[0], start, config.max_length)
     metrics["right_words"] = right_words(gaps, trials[0].models)
     metrics["prompts"] = {"[MASK]".join(row["text"]): row["best"] for row in prompts}
     plot_results(trials[0], prompts, gaps, start, config, run)
@@ -541,16 +541,20 @@ def summarise(trials: list[Trial], start: Start) -> dict:
     return metrics
 
 
-def fill_prompts(trial: Trial, start: Start) -> list[dict]:
-    """PROMPTS and their best fillings by each model."""
-    tokenizer = start.tokenizer
-    texts = [prompt.replace("[MASK]", tokenizer.mask_token) for prompt in PROMPTS]
-    tokens = tokenizer(texts)["input_ids"]
-    found = {name: fill(model, tokenizer, tokens) for name, model in trial.models.items()}
+def fill_prompts(trial: Trial, start: Start, max_length: int) -> list[dict]:
+    """Those of PROMPTS that have at most `max_length` tokens, with their best fillings."""
+    tokenizer, tokens = start.tokenizer, {}
+    for prompt in PROMPTS:
+        own = tokenizer(prompt.replace("[MASK]", tokenizer.mask_token))["input_ids"]
+        tokens |= {prompt: own} if len(own) <= max_length else {}
+    if not tokens:
+        return []
+    models = trial.models.items()
+    found = {name: fill(model, tokenizer, list(tokens.values())) for name, model in models}
     best = {name: best_words(tokenizer, probs) for name, probs in found.items()}
     return [
         {"text": prompt.split("[MASK]"), "word": None, "best": {n: b[row] for n, b in best.items()}}
-        for row, prompt in enumerate(PROMPTS)
+        for row, prompt in enumerate(tokens)
     ]
 
 

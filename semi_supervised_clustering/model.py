@@ -302,7 +302,7 @@ class Descent:
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
         self.sums, self.sizes = np.zeros((clusters, features)), np.zeros(clusters)
-        self.square_sum, self.weight = 0.0, total(self.w)
+        self.square_sum, self.weight = 0.0, total_weight(self.w)
         for rows, points in self.points.parts(self.chunk):
             if first:
                 self.own[rows], self.due[rows] = self.look(points)
@@ -621,7 +621,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             square = part.square().sum(1)
             each = square.sqrt() if self.distance == "plain" else square
             sum_of += float((each * data.w[rows]).sum(dtype=torch.float64))
-        return sum_of / total(data.w) or 1.0
+        return sum_of / total_weight(data.w) or 1.0
 
     def descend(self, data: Data, start: Start | None, unit: float, generator) -> Fit:
         """From `start`, or from a start of its own, until the objective stops falling."""
@@ -672,7 +672,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         for rows, part in Points(data.x, self.shift_).parts(chunk_of(data.x, 16)):
             square = part.T @ (part * data.w[rows, None].to(part))
             covariance += square.double().cpu().numpy()
-        covariance /= total(data.w)
+        covariance /= total_weight(data.w)
         variances = np.diag(covariance)
         prior = self.shrinkage * np.where(variances > 0, variances, 1)
         return covariance, np.diag(prior)
@@ -879,10 +879,10 @@ def mean_of(data: Data) -> Tensor:
     chunk = chunk_of(data.x, 16)
     for x, w in zip(data.x.split(chunk), data.w.split(chunk), strict=True):
         sums += x.double().T @ w.double()
-    return (sums / total(data.w)).to(data.x.dtype).double()
+    return (sums / total_weight(data.w)).to(data.x.dtype).double()
 
 
-def total(w: Tensor) -> float:
+def total_weight(w: Tensor) -> float:
     """Sum of the weights (N,) in float64, of which no copy is made."""
     return sum(float(part.sum(dtype=torch.float64)) for part in w.split(2**17))
 

@@ -914,7 +914,7 @@ def test_plots_are_given_the_numbers_of_the_report(start, tmp_path, monkeypatch)
     given = {}
     monkeypatch.setattr(T, "try_plot", lambda plot, *rest: given.update({plot.__name__: rest}))
     trial = experiment(start, some_tweets(), tmp_path / "run", monkeypatch, epochs=1)
-    gaps, prompts = T.fill_tweets(trial, start, settings()), T.fill_prompts(trial, start)
+    gaps, prompts = T.fill_tweets(trial, start, settings()), T.fill_prompts(trial, start, 64)
     T.plot_results(trial, prompts, gaps, start, settings(), tmp_path)
     metrics = T.summarise([trial], start)
     assert given["plot_accuracy"][0] == metrics["test"]
@@ -923,6 +923,7 @@ def test_plots_are_given_the_numbers_of_the_report(start, tmp_path, monkeypatch)
     assert [*given["plot_gaps"][0]] == ["fixed prompts", "improved most", "at random"]
     assert metrics["tweets"] == {"train": 40, "val": 12, "test": 14}
     assert [row["best"].keys() for row in prompts] == [trial.models.keys()] * 3
+    assert T.fill_prompts(trial, start, 4) == []
 
 
 def test_a_sentence_of_long_words_fits_its_line():
