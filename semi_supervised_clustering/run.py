@@ -158,6 +158,9 @@ def start_run(
             check_resumable(resume)
         path = resume / "config.yaml" if resume else flags.pop("config", None)
         config = read_config(settings, kinds, path, flags)
+        batches = [key for key in kinds if key.endswith("batch_size")]
+        if small := [key for key in batches if getattr(config, key) < WORLD]:
+            raise ValueError(f"{small[0]}: expected at least 1 for each of {WORLD} processes")
         if show_list:
             print(table_of_runs(config.out_dir))
             sys.exit()

@@ -135,7 +135,10 @@ def test_a_wrong_setting_is_said_once(tmp_path):
     assert "exitcode  : 2" in ended.stderr or "exitcode: 2" in ended.stderr
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "mc_dropout"])
+ALONE = ["autoencoder", "carlini_wagner", "cotton_triplet", "mc_dropout", "self_training"]
+
+
+@pytest.mark.parametrize("name", [*ALONE, "semi_supervised_clustering"])
 def test_a_project_of_one_process_refuses_several(name, monkeypatch, capsys):
     project = load_project(name)
     monkeypatch.setattr(project.run, "WORLD", 2)
@@ -145,6 +148,15 @@ def test_a_project_of_one_process_refuses_several(name, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(
         f"error: {name} trains in one process: start it without torchrun\n"
     )
+
+
+def test_a_batch_of_fewer_examples_than_processes_is_refused(monkeypatch, capsys):
+    project = load_project("unet_transfer")
+    monkeypatch.setattr(project.run, "WORLD", 2)
+    with pytest.raises(SystemExit) as end:
+        project.run.start_run(project.train.Config, "", ["--batch_size", "1"], several=True)
+    assert end.value.code == 2
+    assert "batch_size: expected at least 1 for each of 2 processes" in capsys.readouterr().err
 
 
 def test_all_rows_are_gathered_in_order(monkeypatch):
