@@ -152,14 +152,18 @@ class Tracker:
         self.trace.append(line)
         return success
 
-    def near(self, logits: Tensor, goal: Goal, slope: Tensor) -> Tensor:
-        """First-order distance (N,) from where `logits` and `slope` were found: there, and a
-        thousandth beyond, a linear network has the margin. At most the diagonal of the box.
+    def near(self, logits: Tensor, goal: Goal, slope: Tensor, way: Tensor | None = None) -> Tensor:
+        """First-order distance (N,) from where `logits` and `slope` were found, along the slope or
+        `way` (N, 3, H, W): there, and a thousandth beyond, a linear network has the margin. At
+        most the diagonal of the box.
         """
         asked = self.asked if goal.scores is identity else 0  # the slope is of logits in any case
         missing = asked - goal._replace(scores=identity).margin(logits)
-        length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)
-        return (1.001 * missing.abs() / length).clamp(max=math.sqrt(slope[0].numel()))
+        rise = slope.flatten(1).norm(dim=1)
+        if way is not None:
+            rise = (slope * way).flatten(1).sum(1) / way.flatten(1).norm(dim=1).clamp(min=1e-12)
+        length = 1.001 * missing.abs() / rise.clamp(min=1e-12)
+        return length.clamp(max=math.sqrt(slope[0].numel()))
 
     def found(self) -> Found:
         trace = torch.stack(self.trace)
@@ -340,7 +344,9 @@ def round_off(network: nn.Module, x0: Tensor, goal: Goal, start: Tensor, *, step
     multiple of its slope: small components stay 0, large ones move by whole levels. So a difference
     that keeps its fractions follows the slopes seen at 8-bit pictures, each of which is its rounded
     multiple with the norm asked for: that is 3% to 0.1% less after a success, more after a
-    failure (10% before there is a success), and never more than the best one's.
+    failure, and never more than the best one's. Where the margin is far off, it is less by a
+    quarter of what the margin exceeds the one asked for, to first order, and before there is a
+    success more by as much as is missing, at most 30% in either case.
     """
     difference, best = start - x0, None
     norm = 1.15 * distance(start, x0).clamp(min=LEVEL)
@@ -351,8 +357,10 @@ def round_off(network: nn.Module, x0: Tensor, goal: Goal, start: Tensor, *, step
         success = best.see(best.rows, x, margins, best.c)
         if step:
             change = falling(0.03, 0.001, step / steps)
-            more = torch.where(best.success, 1 + change, 1.1)
-            norm = (norm * torch.where(success, 1 - change, more)).minimum(best.l2)
+            off = best.near(logits, goal, slope, x - x0) / norm
+            less = (off / 4).clamp(change, 0.3)
+            more = torch.where(best.success, change, off.clamp(0.01, 0.3))
+            norm = (norm * torch.where(success, 1 - less, 1 + more)).minimum(best.l2)
         length = difference.flatten(1).norm(dim=1).clamp(min=LEVEL)
         difference = difference + stretch(slope, falling(0.7, 0.01, step / steps) * length)
         x = rounded_multiple(x0, difference, norm)

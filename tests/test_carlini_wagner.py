@@ -440,6 +440,19 @@ def test_rounding_makes_an_8bit_success_at_a_tenth_more_distance():
     assert found.queries.tolist() == [25] * 8
 
 
+@pytest.mark.parametrize("times", [0.3, 4.0])
+def test_rounding_follows_the_margin_from_far_off(times):
+    """From far too small or far too large a change it ends where it does from the nearest one."""
+    network, x0, least = half_space(count=4, size=16)
+    x0 = to_8bit(x0)
+    goal = Goal(torch.ones(4, dtype=torch.long))
+    away = (network.a / network.a.norm()) * least(0.0)[:, None, None, None]
+    start = (x0 + times * away).clamp(0, 1)
+    found = model.round_off(network, x0, goal, start, steps=25)
+    assert found.success.all()
+    assert (distance(found.x, x0) < 1.03 * least(0.0)).all()
+
+
 def test_where_all_changes_are_below_half_a_level_rounding_succeeds_all_the_same():
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(80, 176, (1, 3, 16, 16), generator=generator) / 255
