@@ -279,8 +279,9 @@ def decoupled(network: nn.Module, x0: Tensor, goal: Goal, *, steps: int) -> Foun
     Rony et al. 2019, algorithm 1: a step along the slope turns the difference x - x0, whose norm is
     then made smaller after a success, larger after a failure. Deviations: the norm begins at the
     first-order distance and grows by it until the first success; the step is a share of the norm
-    (a half at first, along a cosine to a hundredth), and so is the norm's change (5% to 0.1%);
-    the norm never exceeds that of the best success.
+    (a half at first, along a cosine to a hundredth), and so is the norm's change (5% to 0.1%),
+    but after a success far beyond the boundary, half of the way back to it, to first order, and at
+    most 30%; the norm never exceeds that of the best success.
     """
     logits, margins, slope = goal.slope(network, x0)
     best = Tracker(x0, goal, logits)
@@ -292,9 +293,10 @@ def decoupled(network: nn.Module, x0: Tensor, goal: Goal, *, steps: int) -> Foun
         success = best.see(best.rows, x, margins, best.c)
         share, change = falling(0.5, 0.01, step / steps), falling(0.05, 0.001, step / steps)
         turned = x - x0 + stretch(slope, share * norm)
-        near = torch.minimum(best.near(logits, goal, slope), norm)
-        grown = torch.where(best.success, norm * (1 + change), norm + near)
-        norm = torch.where(success, norm * (1 - change), grown).minimum(best.l2)
+        near = best.near(logits, goal, slope)
+        less = (near / norm / 2).clamp(change, 0.3)
+        grown = torch.where(best.success, norm * (1 + change), norm + torch.minimum(near, norm))
+        norm = torch.where(success, norm * (1 - less), grown).minimum(best.l2)
         x = (x0 + stretch(turned, norm)).clamp(0, 1)
     return best.found()
 

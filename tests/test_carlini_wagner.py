@@ -181,6 +181,24 @@ class Scale(nn.Module):
         return self.factor * x
 
 
+def test_the_fast_attack_goes_half_of_the_way_back_from_far_beyond_the_boundary():
+    """Where the margin's slope turns out to be larger than at the picture, by first order."""
+
+    class Steeper(nn.Module):
+        def forward(self, x):  # margin -0.3 at the picture; from 0.05 on its slope is 21, before 1
+            way = x[:, 0, 0, 0] - 0.2
+            lead = way + 20 * (way - 0.05).clamp(min=0) - 0.3
+            return torch.stack((torch.zeros_like(lead), lead), 1)
+
+    x0 = torch.full((1, 3, 2, 2), 0.2)
+    found = model.decoupled(Steeper(), x0, Goal(torch.tensor([1])), steps=5)
+    first, *others = found.trace[1:5, 2, 0].tolist()
+    least = (0.3 + 20 * 0.05) / 21
+    assert first == pytest.approx(0.3, rel=2e-3)  # first order, from the picture itself
+    assert others[:2] == pytest.approx([0.3 * 0.7, 0.3 * 0.7**2], rel=2e-3)  # at most 30%
+    assert others[2] == pytest.approx((others[1] + least) / 2, rel=2e-2)
+
+
 def test_untargeted_any_other_class_will_do():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(5, 12, generator=generator)
