@@ -15,7 +15,6 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-plt.rcParams["text.parse_math"] = False  # a folder's name may have a $
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
 MISSED, HIT, WRONG = "#ffd21f", "#39ff5a", "#ff3b3b"  # on brown, green and grey ground alike
@@ -44,7 +43,7 @@ def plot_curves(history: list[dict], title: str, path: Path) -> None:
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a folder's name may have a $
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -60,7 +59,7 @@ def plot_precision_recall(
     label = f"working confidence {point['confidence']:.2f}, chosen on validation"
     axes.plot(point["recall"], point["precision"], "o", color="black", label=label)
     axes.set(xlabel="recall", ylabel="precision (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1.03))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -78,7 +77,7 @@ def plot_f1(curves: dict[str, tuple], metrics: dict, title: str, path: Path) -> 
     axes.axvline(limited, color="black", linestyle="--", label=f"working confidence {limited:.2f}")
     axes.axvline(best, color="black", linestyle=":", label=f"best validation F1 {best:.2f}")
     axes.set(xlabel="confidence", ylabel="F1 (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -105,7 +104,7 @@ def plot_detections(x: list[Tensor], outcomes: list[tuple], title: str, path: Pa
     names = {"found": HIT, "false positive": WRONG, "missed": MISSED}
     handles = [Patch(facecolor="none", edgecolor=c, label=n) for n, c in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    figure.suptitle(f"Test pictures, {title}")
+    figure.suptitle(f"Test pictures, {title}", parse_math=False)
     save_photos(figure, path)
 
 
@@ -127,7 +126,7 @@ def plot_mistakes(
             axes.axis("off")
     panels[0, 0].set_ylabel("false positives")
     panels[1, 0].set_ylabel("missed")
-    figure.suptitle(f"Worst mistakes on test pictures, {title}")
+    figure.suptitle(f"Worst mistakes on test pictures, {title}", parse_math=False)
     save_photos(figure, path)
 
 

@@ -1294,3 +1294,12 @@ def test_each_split_has_its_own_place_in_the_metrics(tmp_path, monkeypatch):
     assert calls == ["test", "val", "val", "test"]  # before, the epoch's, and at the end both
     found = [metrics[name]["ap50"] for name in ("before", "val", "test")]
     assert found == [0.01, 0.03, 0.04] and metrics["ap50"] == 0.04
+
+
+def test_powers_of_ten_on_an_axis_are_set_as_such_and_a_dollar_in_a_name_is_none(tmp_path):
+    """A title is plain text, as it may hold a name; the ticks of a logarithmic axis are not."""
+    plots = load_project("faster_rcnn_litter").plots
+    assert plots.plt.rcParams["text.parse_math"]
+    row = dict.fromkeys((*plots.PARTS, "train_loss", "val_ap", "val_ap50"), 0.1) | {"epoch": 1}
+    plots.plot_curves([row, row | {"epoch": 2}], "a $\\x folder$", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
