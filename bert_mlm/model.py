@@ -402,6 +402,17 @@ def from_scratch(model: nn.Module) -> nn.Module:
     return AutoModelForMaskedLM.from_config(model.config)
 
 
+def begin_at_unigram(model: nn.Module, texts: list[dict], fresh: set[str]) -> None:
+    """If the bias of the output layer is among the parameters named in `fresh`, sets it to the
+    log-frequencies of the tokens in `texts`: training starts from the unigram prediction.
+    """
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    own = {n for n, weight in model.named_parameters(remove_duplicate=False) if weight is bias}
+    if own & fresh:
+        with torch.no_grad():
+            bias.copy_(unigram_logits(texts, len(bias)))
+
+
 def train_tokenizer(texts: list[str], size: int, max_length: int):
     """A WordPiece tokenizer (Schuster & Nakajima 2012) of `size` lower-case tokens, up to a
     twentieth of them words of NEWS.

@@ -70,6 +70,7 @@ from model import (
     IGNORE,
     Masking,
     adamw,
+    begin_at_unigram,
     best_words,
     encode,
     evaluate,
@@ -365,6 +366,7 @@ def compare(start: Start, config: Config, run: Path, seed: int) -> Trial:
     models, history = {"before": start.model, "after": copy.deepcopy(start.model)}, {}
     budget = (train, val, config.epochs, config.patience, config.batch_size)
     fresh = tuple(start.about["missing"])
+    begin_at_unigram(models["after"], train, set(fresh))
     stages = {"after": Stage(f"finetune-seed{seed}", *budget, start.lr, seed, fresh)}
     if config.compare:
         seed_everything(seed, "scratch")

@@ -298,6 +298,19 @@ def test_the_unigram_baseline_counts_tokens(tokenizer):
     assert float(probs.sum()) == pytest.approx(1)
 
 
+def test_a_fresh_output_bias_begins_at_the_unigram_prediction(tokenizer):
+    texts = model.encode(tokenizer, ["dog dog fox", "dog"], 64)
+    net = new_model(BertConfig, tokenizer)
+    before = net.get_output_embeddings().bias.detach().clone()
+    model.begin_at_unigram(net, texts, {"cls.predictions.transform.dense.bias"})
+    assert torch.equal(net.get_output_embeddings().bias, before)  # the checkpoint had one
+    model.begin_at_unigram(net, texts, {"cls.predictions.bias"})
+    net.get_output_embeddings().weight.data.zero_()
+    probs = net(torch.tensor([[1, 2]])).logits.softmax(-1)[0, 0]
+    expected = model.unigram_logits(texts, len(tokenizer)).exp().float()
+    assert torch.allclose(probs, expected)
+
+
 def test_kinds_of_tokens():
     text = "\"#Quake hits Turkey's coast, @bob http 12"
     spans = [(0, 1), (1, 2), (2, 4), (4, 7), (8, 12), (13, 19), (20, 21), (22, 27), (27, 28),
@@ -561,6 +574,9 @@ def test_what_each_part_of_the_tweets_moves(start, tmp_path, monkeypatch, part):
     assert {name for name in plain if plain[name] != moved[name]} == MOVES[part]
 
 
+FRESH_BIAS = {"cls.predictions.bias", "cls.predictions.decoder.bias"}
+
+
 def test_stages_start_from_what_they_should_and_have_one_budget(start, tmp_path, monkeypatch):
     stages, weights = {}, {}
 
@@ -581,8 +597,10 @@ def test_stages_start_from_what_they_should_and_have_one_budget(start, tmp_path,
     assert budget[:2] == scratch[:2] and budget[3:] == scratch[3:]
     assert len(scratch.val) == 4 * 12 and scratch.val is tuned.val
     given = {name: value.clone() for name, value in start.model.state_dict().items()}
+    unigram = model.unigram_logits(tuned.train, len(start.tokenizer)).float()
     for name, value in given.items():
-        assert torch.equal(weights["finetune-seed0"][name], value)
+        own = unigram if name in FRESH_BIAS else value
+        assert torch.equal(weights["finetune-seed0"][name], own)
         assert torch.equal(trial.models["before"].state_dict()[name], value)
     embedding = "bert.embeddings.word_embeddings.weight"
     assert not torch.allclose(weights["scratch-seed0"][embedding], given[embedding], atol=1e-2)

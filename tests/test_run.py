@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,6 +344,11 @@ def test_a_picture_that_fails_costs_nothing_else(capsys):
 
     try_plot(plot_nothing, 1)
     assert "warning: no picture from plot_nothing: ValueError: no data" in capsys.readouterr().err
+
+
+def test_characters_that_the_font_lacks_are_no_warning(recwarn):
+    try_plot(lambda: warnings.warn("Glyph 137 missing from font(s)", stacklevel=1))
+    assert not recwarn
 
 
 # --- epochs -----------------------------------------------------------------------------------

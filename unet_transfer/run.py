@@ -482,11 +482,15 @@ def without_nan(value: Any) -> Any:
 
 
 def try_plot(plot: Callable, *args: Any, **options: Any) -> None:
-    """Call it; a picture that fails is named, and the run goes on to its numbers."""
+    """Call it; a picture that fails is named, and the run goes on to its numbers. Characters that
+    the font lacks are drawn as boxes, without a warning for each.
+    """
     if RANK:
         return
     try:
-        plot(*args, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")
+            plot(*args, **options)
     except Exception as error:
         reason = shorten(f"{type(error).__name__}: {error}")
         print(f"warning: no picture from {plot.__name__}: {reason}", file=sys.stderr)
