@@ -33,6 +33,7 @@ from tqdm import tqdm
 SIZE = 32  # height and width in pixels
 SHARES = (0.6, 0.15, 0.25)  # train, validation, test, of the bundled digits and photographs
 VALIDATION = 0.05  # of the training images of all other sets
+CHUNK = 500  # images at a time where nothing is trained
 LEAST = 40  # images of your own in train/ and in test/
 
 # --- reading files: the same in every project that has it --------------------------------------
@@ -580,10 +581,15 @@ def scaled(x: Tensor) -> Tensor:
     return (x.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def batches(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images in their order."""
-    for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
+def batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in their order, as many at a time as fit where nothing is trained."""
+    for x, y in zip(images.x.split(CHUNK), images.y.split(CHUNK), strict=True):
         yield scaled(x), y
+
+
+@torch.no_grad()
+def outputs_of(part: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    return torch.cat([part(x) for x, _ in batches(images)])
 
 
 def shuffled_batches(
@@ -616,5 +622,5 @@ def move(x: Tensor, shift: int) -> Tensor:
 
 def mean_image(images: Images) -> Tensor:
     """Mean (3, 32, 32) of all images, in [0, 1]."""
-    total = sum(x.sum(0, dtype=torch.double) for x, _ in batches(images, 500))
+    total = sum(x.sum(0, dtype=torch.double) for x, _ in batches(images))
     return (total / len(images.x)).float().cpu()

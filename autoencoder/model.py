@@ -7,6 +7,7 @@ Hornik 1989). Muon: Jordan et al. 2024, "Muon: An optimizer for hidden layers in
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -177,6 +178,20 @@ def one_cycle(step: int, *, total: int, warm_up: float) -> float:
     """The rate at `step` as a part of its peak: up in a line, then down in a line to 0."""
     rising = warm_up * total
     return min((step + 1) / max(rising, 1), max(total - step, 0) / (total - rising))
+
+
+def new_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warm_up: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    rate = partial(one_cycle, total=steps, warm_up=warm_up)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def in_bfloat16(precision: str, device: str) -> bool:
+    """With `auto`, where the device multiplies in bfloat16 faster than in float32."""
+    if precision == "auto":
+        return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return precision == "bfloat16"
 
 
 # --- codes ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.colors import LogNorm
 from PIL import Image
 from torch import Tensor
@@ -223,3 +224,24 @@ def plot_probes(numbers: dict, dataset: str, path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(f"{dataset}: classifiers on codes that stay as they are, mean over seeds")
     save_figure(figure, path)
+
+
+def best_median_worst(errors: Tensor, x: Tensor) -> Tensor:
+    """Numbers of up to twelve images: the four with the least, middle and largest errors (N,).
+
+    Of the quarter with most differences between neighbouring pixels alone: flat images have least
+    error, and show nothing.
+    """
+    texture = x.float().diff(dim=3).abs().mean((1, 2, 3)).cpu()
+    rich = (texture >= texture.quantile(0.75)).nonzero()[:, 0]
+    ranked, middle = rich[errors[rich].argsort()], len(rich) // 2
+    if len(ranked) < 12:
+        return ranked
+    return torch.cat((ranked[:4], ranked[middle - 2 : middle + 2], ranked[-4:]))
+
+
+def one_of_each_class(x: Tensor, y: Tensor, classes: int, columns: int = 12) -> Tensor:
+    """Up to `columns` images of x (N, 3, H, W), of as many classes y (N,) as there are."""
+    members = [(y == label).nonzero()[:, 0] for label in range(classes)]
+    order = [int(own[turn]) for turn in range(columns) for own in members if len(own) > turn]
+    return x[torch.tensor(order[:columns])]

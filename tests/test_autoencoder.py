@@ -296,7 +296,8 @@ SMALL = [
     *TINY, "--bias_lr", "1e-2", "--label_counts", "20", "--classifier_epochs", "2",
     "--noise_levels", "0", "--seeds", "0",
 ]  # fmt: skip
-train_py = load_project("autoencoder").train
+project = load_project("autoencoder")
+train_py, studies = project.train, project.studies
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,7 @@ def experiment(pair: data.Pair, folder: Path, *flags: object) -> dict:
     """metrics.json, history and weights of a run on `pair`, by part."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_py, "load", lambda **_: pair)
-        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        patch.setattr(studies, "LEAST_IMAGES", 1)
         patch.setattr(train_py, "plot_results", lambda *_: None)
         output = call(train_py, *SMALL, *flags, "--out_dir", folder)
     run = Path(output.splitlines()[-1])
@@ -463,13 +464,13 @@ def test_the_headline_is_computed_again_from_weights_and_data(pair, plain):
     saved = plain["weights"]["model"]
     model = small_autoencoder()
     model.load_state_dict(plain["weights"]["autoencoder-x"])
-    codes = train_py.codes_of(model, pair.x.train)
+    codes = data.outputs_of(model.encoder, pair.x.train)
     torch.testing.assert_close(saved["codes"], codes, rtol=1e-4, atol=1e-5)
     assert torch.equal(saved["code_classes"], pair.x.train.y)
 
 
 def accuracy_of(weights: dict, images: data.Images) -> float:
-    model = train_py.Classifier(small_autoencoder().encoder, 10)
+    model = studies.Classifier(small_autoencoder().encoder, 10)
     model.load_state_dict(weights)
     with torch.no_grad():
         guess = model(images.x.float() / 255).argmax(1)
@@ -503,7 +504,7 @@ def test_each_number_of_the_headline_is_the_one_of_its_name():
 def test_a_killed_run_ends_like_an_unbroken_one(pair, plain, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_py, "load", lambda **_: pair)
-        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        patch.setattr(studies, "LEAST_IMAGES", 1)
         train_until("autoencoder", 1, *SMALL, "--out_dir", tmp_path)
         (folder,) = tmp_path.iterdir()
         for more in (2, 2, 4):  # in Y's autoencoder, the study, the added images
@@ -550,11 +551,11 @@ def test_arms_differ_in_nothing_but_the_encoder_and_the_rate(pair, tmp_path, mon
     )
     models, recorder = some_models(pair, config), Recorder()
     tests = iter(range(100))
-    monkeypatch.setattr(train_py, "train_classifier", recorder)
+    monkeypatch.setattr(studies, "train_classifier", recorder)
     monkeypatch.setattr(
-        train_py, "evaluate_classifier", lambda _, x: {"accuracy": float(next(tests)), "of": x}
+        studies, "evaluate_classifier", lambda _, x: {"accuracy": float(next(tests)), "of": x}
     )
-    numbers = train_py.study(pair.x, models, config, tmp_path)
+    numbers = studies.compare_starts(pair.x, models, config, tmp_path)
     assert len(recorder.calls) == 2 * 2 * 3  # numbers of labels, seeds, arms
     arms = [recorder.calls[first : first + 3] for first in range(0, 12, 3)]
     for place, arm in enumerate(arms):
@@ -585,10 +586,10 @@ def test_arms_differ_in_nothing_but_the_encoder_and_the_rate(pair, tmp_path, mon
 def test_added_images_are_as_many_steps_and_the_gain_has_its_sign(pair, tmp_path, monkeypatch):
     config = settings(added_labels="10", added_copies="3", seeds="0,1", added_noise="0")
     recorder, tests = Recorder(), iter([0.2, 0.5, 0.3, 0.8])
-    monkeypatch.setattr(train_py, "train_classifier", recorder)
-    monkeypatch.setattr(train_py, "evaluate_classifier", lambda *_: {"accuracy": next(tests)})
+    monkeypatch.setattr(studies, "train_classifier", recorder)
+    monkeypatch.setattr(studies, "evaluate_classifier", lambda *_: {"accuracy": next(tests)})
     autoencoder = some_models(pair, config)["x"]
-    numbers = train_py.add_generated(pair.x, autoencoder, config, tmp_path)["10"]
+    numbers = studies.add_generated(pair.x, autoencoder, config, tmp_path)["10"]
     assert numbers["without"]["of_seeds"] == [0.2, 0.3] and numbers["with"]["of_seeds"] == [
         0.5,
         0.8,
@@ -625,20 +626,18 @@ def test_new_images_at_no_noise_are_reconstructions_and_judged_with_their_classe
 
 def test_noise_comes_from_training_codes_and_has_their_deviation(pair, monkeypatch):
     config, seen = settings(noise_levels="0.5"), []
-    monkeypatch.setattr(train_py, "decode_bytes", lambda model, codes: seen.append(codes) or
+    monkeypatch.setattr(studies, "decode_bytes", lambda model, codes: seen.append(codes) or
                         torch.zeros(len(codes), 3, 32, 32, dtype=torch.uint8))  # fmt: skip
     model = small_autoencoder()
     known = []
-    monkeypatch.setattr(
-        train_py, "CodeNeighbours", lambda *a: known.append(a) or CodeNeighbours(*a)
-    )
+    monkeypatch.setattr(studies, "CodeNeighbours", lambda *a: known.append(a) or CodeNeighbours(*a))
     test = data.Images(pair.x.test.x.repeat(40, 1, 1, 1), pair.x.test.y.repeat(40))
-    train_py.generate(pair.x._replace(test=test), model, None, config)
+    studies.generate(pair.x._replace(test=test), model, None, config)
     ((known_codes, labels),) = known
-    assert torch.equal(known_codes, train_py.codes_of(model, pair.x.train))
+    assert torch.equal(known_codes, data.outputs_of(model.encoder, pair.x.train))
     assert torch.equal(labels, pair.x.train.y)
-    codes = train_py.codes_of(model, test)
-    sd = train_py.codes_of(model, pair.x.train).std(0)
+    codes = data.outputs_of(model.encoder, test)
+    sd = data.outputs_of(model.encoder, pair.x.train).std(0)
     torch.testing.assert_close(
         (seen[1] - codes).std(0) / sd, torch.full((8,), 0.5), rtol=0.1, atol=0
     )
@@ -649,17 +648,19 @@ def test_probes_compare_the_encoders_that_they_are_named_after(pair, monkeypatch
     config = settings(label_counts="20,60", seeds="0,1")
     models, seen = some_models(pair, config), []
     pca = fit_pca(pair.x.train.x.float() / 255, 8)
+    untrained = train_py.new_autoencoder(pair.x, config)
+    methods = {"pca_of_x": {"x": pca}, "untrained": {"x": untrained}}
     monkeypatch.setattr(
-        train_py, "probe", lambda train, test: seen.append((train, test)) or {"linear": 0.5}
+        studies, "probe", lambda train, test: seen.append((train, test)) or {"linear": 0.5}
     )
-    numbers = train_py.probe_all(pair.x, models, pca, config)
+    numbers = studies.probe_all(pair.x, train_py.encoders(models, methods), config)
     names = ["pixels", "pca", "untrained", "plain", "masked", "of_y"]
     assert list(numbers) == names and len(seen) == 6 * 3  # two seeds of 20 labels, once all
     x = pair.x.test.x.float() / 255
     wanted = [
         x.mean(1).flatten(1),
         pca.encode(x),
-        train_py.new_autoencoder(pair.x, config).encoder(x),
+        untrained.encoder(x),
     ]
     wanted += [models[name].encoder(x) for name in ("x", "masked", "y")]
     for place, codes in enumerate(wanted):
@@ -671,17 +672,17 @@ def test_probes_compare_the_encoders_that_they_are_named_after(pair, monkeypatch
         torch.eye(3).repeat_interleave(20, 0), torch.arange(3).repeat_interleave(20)
     )
     monkeypatch.undo()
-    assert train_py.probe(apart, apart) == {"linear": 1.0, "neighbours": 1.0}
+    assert studies.probe(apart, apart) == {"linear": 1.0, "neighbours": 1.0}
     turned = apart._replace(y=(apart.y + 1) % 3)
-    assert train_py.probe(apart, turned) == {"linear": 0.0, "neighbours": 0.0}
+    assert studies.probe(apart, turned) == {"linear": 0.0, "neighbours": 0.0}
     tiny = apart._replace(x=1e-4 * apart.x)  # as a code may be; it is standardised
-    assert train_py.probe(tiny, tiny)["linear"] == 1.0
+    assert studies.probe(tiny, tiny)["linear"] == 1.0
 
 
 def test_the_judge_learns_from_images_alone_by_its_own_settings(pair, tmp_path, monkeypatch):
     config, recorder = settings(judge_lr="0.5", judge_epochs="3", judge_shift="2"), Recorder()
-    monkeypatch.setattr(train_py, "train_classifier", recorder)
-    train_py.train_judge(pair.x, config, tmp_path)
+    monkeypatch.setattr(studies, "train_classifier", recorder)
+    studies.train_judge(pair.x, config, tmp_path)
     ((_, labelled, val, options),) = recorder.calls
     assert labelled is pair.x.train and val is pair.x.val
     wanted = {"lr": 0.5, "count": 3, "shift": 2, "seed": 0}
@@ -692,7 +693,7 @@ def test_added_copies_vary_by_the_noise_of_the_settings(pair):
     config, levels = settings(added_noise="0.3", added_copies="2"), []
     known = SimpleNamespace(vary=lambda codes, y, level: levels.append(level) or codes + level)
     model, few = small_autoencoder(), data.Images(*(part[:4] for part in pair.x.train))
-    copies = train_py.vary_copies(few, model, known, config, 0)
+    copies = studies.vary_copies(few, model, known, config, 0)
     made = model.decode(model.encoder(few.x.float() / 255) + 0.3).clamp(0, 1)
     assert levels == [0.3, 0.3] and torch.equal(copies.y, few.y.repeat(3))
     assert torch.equal(copies.x[4:], (255 * made).round().byte().repeat(2, 1, 1, 1))
@@ -736,30 +737,33 @@ def gradients_along(model, pairs, loss_of, step):
 @pytest.mark.parametrize("kind", ["autoencoder", "masked", "classifier"])
 def test_two_steps_are_those_taken_by_hand(pair, kind, tmp_path, monkeypatch):
     config = settings(batch_size="30", classifier_batch_size="30", bias_lr="0.01", warm_up="0.25")
-    monkeypatch.setattr(train_py, "LEAST_IMAGES", 1)
+    monkeypatch.setattr(studies, "LEAST_IMAGES", 1)
     rates = [1.0, 2 / 3]  # one_cycle of two steps, a quarter of them rising
     if kind == "classifier":
-        model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
+        model = studies.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
         loss_of, options = F.cross_entropy, {"name": "c", "order": "o", "count": 1, "lr": 0.05}
     else:
         model, loss_of = train_py.new_autoencoder(pair.x, config), F.mse_loss
-    by_hand, drawn = copy.deepcopy(model), []
-    keep = train_py.train_one_epoch
+    by_hand, inputs, targets = copy.deepcopy(model), [], []
+    model.register_forward_pre_hook(lambda m, given: inputs.extend(given if m.training else ()))
+    part = studies if kind == "classifier" else train_py
 
-    def spy(model, pairs, *rest):
-        drawn.extend(pairs)
-        return keep(model, iter(drawn), *rest)
+    def spy(*args, **options):
+        for x, y in data.shuffled_batches(*args, **options):
+            targets.append(y if kind == "classifier" else x)
+            yield x, y
 
-    monkeypatch.setattr(train_py, "train_one_epoch", spy)
+    monkeypatch.setattr(part, "shuffled_batches", spy)
     run = tmp_path / "run"
     run.mkdir()
     if kind == "classifier":
-        train_py.train_classifier(model, pair.x.train, pair.x.val, config, run, seed=0, **options)
+        studies.train_classifier(model, pair.x.train, pair.x.val, config, run, seed=0, **options)
         trained = model
     else:
         monkeypatch.setattr(train_py, "new_autoencoder", lambda *_: model)
         hidden = 0.5 if kind == "masked" else 0.0
         trained = train_py.train_autoencoder(pair.x, "x", 1, hidden, config, run)
+    drawn = list(zip(inputs, targets, strict=True))
     assert [len(x) for x, _ in drawn] == [30, 30]
     check_examples(drawn, pair, kind)
     start = {name: w.detach().clone() for name, w in by_hand.named_parameters()}
@@ -795,15 +799,17 @@ def check_examples(drawn: list, pair: data.Pair, kind: str) -> None:
 
 def test_the_order_changes_with_the_epoch_and_is_shared_by_arms(pair, tmp_path, monkeypatch):
     config, orders = settings(classifier_batch_size="30"), []
-    monkeypatch.setattr(train_py, "LEAST_IMAGES", 120)
-    monkeypatch.setattr(
-        train_py, "train_one_epoch",
-        lambda model, pairs, *_: orders.append(torch.cat([x for x, _ in pairs])) or 0.0,
-    )  # fmt: skip
+    monkeypatch.setattr(studies, "LEAST_IMAGES", 120)
+
+    def order_of(_, labelled, shift, *rest):
+        orders.append(torch.cat([x for x, _ in data.shuffled_batches(labelled, 30, shift=shift)]))
+        return 0.0
+
+    monkeypatch.setattr(studies, "classify_one_epoch", order_of)
     for name in ("one", "other"):
-        model = train_py.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
+        model = studies.new_classifier(pair.x, {"x": small_autoencoder()}, "random", config, 0)
         options = {"name": name, "order": "same", "count": 2, "lr": 0.1, "seed": 0}
-        train_py.train_classifier(model, pair.x.train, pair.x.val, config, tmp_path, **options)
+        studies.train_classifier(model, pair.x.train, pair.x.val, config, tmp_path, **options)
     assert len(orders[0]) == 120 and len(orders) == 4  # 60 images come twice
     assert torch.equal(orders[0], orders[2]) and torch.equal(orders[1], orders[3])
     assert not torch.equal(orders[0], orders[1])
@@ -816,23 +822,26 @@ def test_y_is_mirrored_and_moved_and_digits_are_not(pair, monkeypatch):
     monkeypatch.setattr(
         train_py, "shuffled_batches", lambda *a, **k: asked.append(k) or keep(*a, **k)
     )
+    model = train_py.new_autoencoder(pair.x, config)
     for images in (pair.x, pair.y):
-        next(train_py.images_to_copy(images, 0.0, torch.zeros(3, 32, 32), config))
+        train_py.train_one_epoch(model, images, 0.0, {}, "x", config)
     assert asked == [{"mirror": False, "shift": 0}, {"mirror": True, "shift": 3}]
 
 
 def test_the_mean_loss_counts_images_and_evaluation_is_over_all_of_them(pair, monkeypatch):
     config = settings()
     model = torch.nn.Linear(1, 1, bias=False)
-    pairs = [(torch.ones(n, 1), torch.full((n, 1), float(n))) for n in (30, 10)]
+    parts = [(torch.full((n, 1), float(n)), None) for n in (30, 10)]
+    monkeypatch.setattr(train_py, "shuffled_batches", lambda *_, **__: parts)
     with torch.no_grad():
         model.weight.zero_()
-    loss = train_py.train_one_epoch(model, iter(pairs), F.mse_loss, {}, "x", config)
+    forty = pair.x._replace(train=data.Images(torch.zeros(40, 1), torch.zeros(40)))
+    loss = train_py.train_one_epoch(model, forty, 0.0, {}, "x", config)
     assert loss == pytest.approx((30 * 900 + 10 * 100) / 40)
-    monkeypatch.setattr(train_py, "CHUNK", 7)
+    monkeypatch.setattr(project.data, "CHUNK", 7)
     images = data.Images(torch.arange(40)[:, None].float(), torch.arange(40) % 2)
     logits = torch.stack((torch.zeros(40), torch.linspace(-1, 1, 40)), 1)
-    numbers = train_py.evaluate_classifier(lambda x: logits[x[:, 0].long()], images)
+    numbers = studies.evaluate_classifier(lambda x: logits[x[:, 0].long()], images)
     assert numbers["loss"] == pytest.approx(float(F.cross_entropy(logits, images.y)))
     assert numbers["accuracy"] == 0.5
 
@@ -849,7 +858,7 @@ def test_plots_are_given_the_numbers_of_metrics_json(pair, tmp_path):
     given = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_py, "load", lambda **_: pair)
-        patch.setattr(train_py, "LEAST_IMAGES", 1)
+        patch.setattr(studies, "LEAST_IMAGES", 1)
         patch.setattr(train_py, "try_plot", lambda plot, *args: given.update({plot.__name__: args}))
         output = call(train_py, *SMALL, "--out_dir", tmp_path)
     report = json.loads((Path(output.splitlines()[-1]) / "metrics.json").read_text())["metrics"]
@@ -916,14 +925,16 @@ def test_a_mistake_in_the_settings_is_named(flags, complaint, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run():
-    losses = iter([1.0, math.nan, 1.0])
-    pairs = iter([(torch.ones(2, 1), torch.ones(2, 1))] * 3)
-    model = torch.nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="here: the loss is not finite at step 2"):
-        train_py.train_one_epoch(
-            model, pairs, lambda y, _: y.sum() * next(losses), {}, "here", settings()
-        )
+def test_a_loss_that_is_not_finite_ends_the_run(pair, monkeypatch):
+    parts = [(torch.full((2, 1), value), torch.zeros(2).long()) for value in (1.0, math.nan, 1.0)]
+    model, config = torch.nn.Linear(1, 1), settings()
+    for part in (train_py, studies):
+        monkeypatch.setattr(part, "shuffled_batches", lambda *_, **__: iter(parts))
+    text = "here: the loss is not finite at step 2"
+    with pytest.raises(FloatingPointError, match=text):
+        train_py.train_one_epoch(model, pair.x, 0.0, {}, "here", config)
+    with pytest.raises(FloatingPointError, match=text):
+        studies.classify_one_epoch(model, pair.x.train, 0, {}, "here", config)
 
 
 def test_predictions_are_those_of_the_run(tmp_path):
@@ -948,7 +959,7 @@ def test_predictions_are_those_of_the_run(tmp_path):
     for column, method in ((1, model), (2, pca)):
         wanted = train_py.errors_of(method, few).tolist()
         assert [float(row[column]) for row in rows[1:4]] == pytest.approx(wanted, rel=1e-4)
-    codes = train_py.codes_of(model, few).numpy()
+    codes = data.outputs_of(model.encoder, few).numpy()
     assert np.load(folder / "codes.npy")[:3] == pytest.approx(codes, abs=1e-5)
     assert "5 pictures, 1 left out" in output and (folder / "reconstructions.png").is_file()
     best = torch.load(run / "autoencoder-x.pt", weights_only=True)
