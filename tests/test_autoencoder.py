@@ -826,6 +826,12 @@ def test_y_is_mirrored_and_moved_and_digits_are_not(pair, monkeypatch):
     for images in (pair.x, pair.y):
         train_py.train_one_epoch(model, images, 0.0, {}, "x", config)
     assert asked == [{"mirror": False, "shift": 0}, {"mirror": True, "shift": 3}]
+    asked.clear()
+    monkeypatch.setattr(studies, "shuffled_batches", train_py.shuffled_batches)
+    model = studies.new_classifier(pair.x, {"x": model}, "random", config, 0)
+    optimizers = {"adam": torch.optim.AdamW(model.parameters(), 0.1)}
+    studies.classify_one_epoch(model, pair.x.train, 2, optimizers, "judge", config)
+    assert asked == [{"shift": 2}]
 
 
 def test_the_mean_loss_counts_images_and_evaluation_is_over_all_of_them(pair, monkeypatch):
