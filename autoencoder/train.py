@@ -370,19 +370,7 @@ def plot_results(
     try_plot(plot_curves, history, pca, numbers, names, run / "curves.png")
     shown = {name: shown_examples(name, sets, methods, errors) for name in sets}
     try_plot(plot_reconstructions, shown, numbers, names, run / "reconstructions.png")
-    judged = metrics["generation"]
-    lines = {
-        kind: {n: scaled(new.x[:12]).cpu() for n, new in levels.items()}
-        for kind, levels in generated.items()
-    }
-    some = scaled(x.test.x[:12]).cpu()
-    try_plot(plot_noise, some, lines, judged, x.name, run / "noise.png")
-    new = one_of_each_class(*generated["local"][1.0], len(x.classes))
-    _, which = nearest_image(new, x.train.x)
-    copies = scaled(x.train.x[which]).cpu()
-    try_plot(plot_new, scaled(new).cpu(), copies, judged, x.name, run / "new.png")
-    title = f"{x.name}: from one test image to another through their codes"
-    try_plot(plot_lines, paths(x, models["x"]), title, run / "interpolation.png")
+    plot_generated(x, models["x"], generated, metrics["generation"], run)
     if config.compare:
         try_plot(plot_cross, numbers, names, config.code_size, run / "cross.png")
         try_plot(plot_classifier, metrics["classifier"], x.name, run / "classifier.png")
@@ -401,6 +389,27 @@ def shown_examples(
     rows = [row for row in methods if row.startswith("trained_on") or row == f"pca_of_{name}"]
     outputs = {row: methods[row][name](x).clamp(0, 1).cpu() for row in rows}
     return {"original": x.cpu()} | outputs
+
+
+def plot_generated(
+    images: Set,
+    autoencoder: Autoencoder,
+    generated: dict[str, dict[float, Images]],
+    numbers: dict,
+    run: Path,
+) -> None:
+    lines = {
+        kind: {n: scaled(new.x[:12]).cpu() for n, new in levels.items()}
+        for kind, levels in generated.items()
+    }
+    some = scaled(images.test.x[:12]).cpu()
+    try_plot(plot_noise, some, lines, numbers, images.name, run / "noise.png")
+    new = one_of_each_class(*generated["local"][1.0], len(images.classes))
+    _, which = nearest_image(new, images.train.x)
+    copies = scaled(images.train.x[which]).cpu()
+    try_plot(plot_new, scaled(new).cpu(), copies, numbers, images.name, run / "new.png")
+    title = f"{images.name}: from one test image to another through their codes"
+    try_plot(plot_lines, paths(images, autoencoder), title, run / "interpolation.png")
 
 
 def paths(images: Set, autoencoder: Autoencoder, count: int = 12) -> dict[str, Tensor]:
