@@ -844,6 +844,13 @@ def test_the_mean_loss_counts_images_and_evaluation_is_over_all_of_them(pair, mo
     forty = pair.x._replace(train=data.Images(torch.zeros(40, 1), torch.zeros(40)))
     loss = train_py.train_one_epoch(model, forty, 0.0, {}, "x", config)
     assert loss == pytest.approx((30 * 900 + 10 * 100) / 40)
+    model = torch.nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0], [1.0]]))  # cross-entropy of class 0 is x
+    parts = [(x, torch.zeros(len(x)).long()) for x, _ in parts]
+    monkeypatch.setattr(studies, "shuffled_batches", lambda *_, **__: parts)
+    loss = studies.classify_one_epoch(model, forty.train, 0, {}, "x", config)
+    assert loss == pytest.approx((30 * 30 + 10 * 10) / 40, rel=1e-3)
     monkeypatch.setattr(project.data, "CHUNK", 7)
     images = data.Images(torch.arange(40)[:, None].float(), torch.arange(40) % 2)
     logits = torch.stack((torch.zeros(40), torch.linspace(-1, 1, 40)), 1)
