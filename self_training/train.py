@@ -1,12 +1,13 @@
 """Self-training: a network labels the pictures of which it is sure, learns from them, and stops.
 
 Round 0 trains on the few labelled pictures. Every further round labels the pool with the averaged
-network of the round before, with a threshold for each class, and trains on these pictures, strongly
-augmented, together with the labelled ones. The round whose labels changed least is kept.
+network, takes the pictures of which it is sure, and trains on, with these, strongly augmented, and
+the labelled ones. The round whose labels changed least is kept.
 
 Run it with `python self_training/train.py`, or with `--labels_per_class 1`.
 """
 
+import copy
 import csv
 import io
 import math
@@ -65,7 +66,7 @@ from model import (
     best_round,
     by_confidence,
     calibrated_probs,
-    confident_labels,
+    drawn_labels,
     fit_temperature,
     label_quality,
     next_labels,
@@ -107,7 +108,6 @@ class Config:
     strong: Strength
     weak: Strength
     ema: Annotated[float, ">= 0", "< 1"]
-    restart: bool
     balanced: bool
     stop: Literal["agreement", "validation"]
     patience: Count
@@ -144,12 +144,14 @@ class Arm(NamedTuple):
     images: Images  # with labels
 
 
-class Networks(NamedTuple):
+class Learner(NamedTuple):
     """What learns, and what it learns from."""
 
     student: nn.Module
     teacher: AveragedModel  # the student's mean over the last steps: labels, and is tested
     live: LiveLabels  # of every_step
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
 
 
 class Labels(NamedTuple):
@@ -162,7 +164,6 @@ class Labels(NamedTuple):
 class Outcome(NamedTuple):
     rows: list[dict]  # of history.csv, from round 0 on
     kept: dict[str, int]  # the round that each way to stop keeps
-    reason: str  # why no further round followed
 
 
 def main() -> None:
@@ -229,64 +230,48 @@ def add_images(first: Images, second: Images) -> Images:
 def self_train(trial: Trial, arm: Arm) -> Outcome:
     """All rounds of one arm; a file for each in weights/ holds its teacher and its labels."""
     config, stage = trial.config, f"{arm.name}-seed{trial.config.seed}"
-    networks = new_networks(trial)
-    fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
-    parts = {"model": networks.teacher, "student": networks.student}
-    optimizer, schedule = one_cycle_adamw(networks.student, config, all_steps(config))
-    if arm.how == "every_step":  # one schedule over all rounds
-        parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
+    learner = new_learner(trial, config.steps if arm.how == "plain" else all_steps(config))
+    parts = learner._asdict()
+    fresh = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
     best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
     how = {"patience": config.patience, "first": 0, "best": None if arm.how == "once" else best}
-    reason, rounds = "", 0 if arm.how == "once" else config.rounds
-    for row in epochs(trial.run, stage, parts, rounds, config.seed, **how):
+    rounds = 0 if arm.how == "once" else config.rounds
+    for row in epochs(trial.run, stage, parts, rounds, config.seed, keep="teacher", **how):
         number = row["epoch"]
-        if number and nothing_new(trial, arm, number):
-            reason = "nothing to add"
-            break
-        if arm.how == "plain" or config.restart:
-            networks.student.load_state_dict(fresh)
-        if arm.how in ("plain", "rounds"):
-            optimizer, schedule = one_cycle_adamw(networks.student, config, config.steps)
-            networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
+        if arm.how == "plain":  # every round from the same weights
+            for name, part in parts.items():
+                part.load_state_dict(fresh[name])
         seed_everything(config.seed, "round", number)  # the same for all arms
-        row |= train_round(trial, arm, number, networks, optimizer, schedule)
-        row |= end_round(trial, arm, number, networks.teacher.module)
+        row |= train_round(trial, arm, number, learner)
+        row |= end_round(trial, arm, number, learner.teacher.module)
     rows = read_rows(trial.run, stage)
-    return Outcome(rows, kept_rounds(rows), reason or end_reason(rows, config))
+    return Outcome(rows, kept_rounds(rows))
 
 
-def new_networks(trial: Trial) -> Networks:
+def new_network(trial: Trial) -> nn.Module:
     """The same initial weights whenever it is called for the same repeat."""
-    config, device = trial.config, trial.splits.pool.device
+    config, pool = trial.config, trial.splits.pool
     seed_everything(config.seed, "weights")
-    channels = trial.splits.pool.shape[1]
-    student = SmallCNN(channels=channels, width=config.width, classes=trial.classes).to(device)
-    live = LiveLabels(trial.classes, balanced=config.balanced).to(device)
-    return Networks(student, averaged(student, config.ema), live)
+    model = SmallCNN(channels=pool.shape[1], width=config.width, classes=trial.classes)
+    return model.to(pool.device)
+
+
+def new_learner(trial: Trial, steps: int) -> Learner:
+    """An untrained network, and a schedule of so many steps."""
+    config, student = trial.config, new_network(trial)
+    live = LiveLabels(trial.classes, balanced=config.balanced).to(trial.splits.pool.device)
+    optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+    return Learner(student, averaged(student, config.ema), live, optimizer, schedule)
 
 
 def all_steps(config: Config) -> int:
     return config.steps * (config.rounds + 1)
 
 
-def one_cycle_adamw(
-    model: nn.Module, config: Config, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-    return optimizer, schedule
-
-
-def train_round(
-    trial: Trial,
-    arm: Arm,
-    number: int,
-    networks: Networks,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> dict:
+def train_round(trial: Trial, arm: Arm, number: int, learner: Learner) -> dict:
     """Mean loss per step over one round's steps. Raises FloatingPointError if it is not finite."""
-    config, (student, teacher, live) = trial.config, networks
+    config, (student, teacher, live, optimizer, schedule) = trial.config, learner
     drawn = round_batches(trial, arm, number)
     steps = all_steps(config) if arm.how == "once" else config.steps
     label, losses = f"{arm.name} round {number}", []
@@ -333,15 +318,6 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
     return ((*first, *second) for first, second in zip(own, other, strict=True))
 
 
-def nothing_new(trial: Trial, arm: Arm, number: int) -> bool:
-    """Whether round `number` would learn the labels that the round before it has learned."""
-    if arm.how == "every_step":
-        return False
-    new = read_round(trial, arm.name, number - 1).given.label
-    old = read_round(trial, arm.name, number - 2).given.label if number > 1 else None
-    return not (new != NONE).any() if old is None else torch.equal(new, old)
-
-
 @torch.no_grad()
 def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
     """The round's numbers without any test picture; its file in weights/ is written."""
@@ -357,7 +333,7 @@ def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
         before = read_round(trial, arm.name, number - 1) if number else labels
         labels = label_pool(trial, arm, number, before, model, temperature)
         row["changed"] = share_changed(before.predicted, labels.predicted)
-        row |= changes(before.given, labels.given)
+        row["pseudo_labels"] = int((labels.given.label != NONE).sum())
     state = {"model": model.state_dict(), "predicted": labels.predicted}
     save(round_file(trial, arm.name, number), state | labels.given._asdict())
     return row
@@ -380,7 +356,7 @@ def label_pool(
     seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
     probs = calibrated_probs(predict(model, pool[seen]), 1.0)
     predicted[seen] = probs.argmax(1)
-    chosen, given = confident_labels(probs, balanced=config.balanced), none_given(trial)
+    chosen, given = drawn_labels(probs, balanced=config.balanced), none_given(trial)
     given.label[seen], given.confidence[seen] = chosen.label, chosen.confidence
     return Labels(predicted, given)
 
@@ -397,16 +373,6 @@ def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLab
         balanced=config.balanced,
         revise=config.revise,
     )
-
-
-def changes(before: PseudoLabels, after: PseudoLabels) -> dict:
-    """How many pseudo-labels there are, and how many a round added and withdrew."""
-    was, now = before.label != NONE, after.label != NONE
-    return {
-        "pseudo_labels": int(now.sum()),
-        "added": int((now & ~was).sum()),
-        "withdrawn": int((was & ~now).sum()),
-    }
 
 
 def none_given(trial: Trial) -> PseudoLabels:
@@ -430,11 +396,6 @@ def stop_of(name: str, config: Config) -> str:
     return "agreement" if name == "method_val" else "last"
 
 
-def end_reason(rows: list[dict], config: Config) -> str:
-    done = len(rows) - 1
-    return f"all {done} rounds done" if done == config.rounds else f"{config.stop}: no better round"
-
-
 def round_file(trial: Trial, name: str, number: int) -> Path:
     return trial.run / "weights" / f"{name}-seed{trial.config.seed}-round{number}.pt"
 
@@ -448,7 +409,7 @@ def read_round(trial: Trial, name: str, number: int) -> Labels:
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
     """The round's teacher."""
-    model = new_networks(trial).student
+    model = new_network(trial)
     model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
     return model
 
@@ -480,7 +441,6 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
         name: {
             "rounds": [judge_round(trial, name, row) for row in outcome.rows],
             "kept": outcome.kept,
-            "reason": outcome.reason,
         }
         for name, outcome in outcomes.items()
     }
@@ -557,7 +517,6 @@ def summarise_arm(trials: list[dict], stop: str) -> dict:
         "kept_by": by_stop,
         "pseudo_label_accuracy": summary_of_seeds(right) if right else None,
         "best_round": best,
-        "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
 
