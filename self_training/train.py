@@ -59,8 +59,8 @@ from data import (
 from model import (
     NONE,
     SKLEARN,
+    Labels,
     LiveLabels,
-    PseudoLabels,
     SmallCNN,
     averaged,
     best_round,
@@ -152,13 +152,6 @@ class Learner(NamedTuple):
     live: LiveLabels  # of every_step
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-
-
-class Labels(NamedTuple):
-    """What a round's teacher says of the pool (N,)."""
-
-    predicted: Tensor  # its class; NONE where it did not look
-    given: PseudoLabels  # those that the next round learns
 
 
 class Outcome(NamedTuple):
@@ -305,7 +298,7 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
     if arm.how == "every_step":  # the labels are not read
         pseudo = Images(pool, torch.full((len(pool),), NONE, device=pool.device))
     elif number:
-        label = read_round(trial, arm.name, number - 1).given.label
+        label = read_round(trial, arm.name, number - 1).label
         pseudo = Images(pool[label != NONE], label[label != NONE])
     if arm.how == "plain":  # as if they had been labelled
         images, pseudo = add_images(images, pseudo), Images(pool[:0], pseudo.y[:0])
@@ -328,14 +321,14 @@ def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
         row["val_loss"] = float(F.cross_entropy(logits.double() / temperature, val.y))
         row["val_accuracy"] = accuracy(logits, val.y)
     row["temperature"] = temperature
-    labels = Labels(torch.full_like(trial.splits.hidden, NONE), none_given(trial))
+    labels = no_labels(len(trial.splits.pool), trial.splits.pool.device)
     if arm.how != "once":
         before = read_round(trial, arm.name, number - 1) if number else labels
         labels = label_pool(trial, arm, number, before, model, temperature)
         row["changed"] = share_changed(before.predicted, labels.predicted)
-        row["pseudo_labels"] = int((labels.given.label != NONE).sum())
-    state = {"model": model.state_dict(), "predicted": labels.predicted}
-    save(round_file(trial, arm.name, number), state | labels.given._asdict())
+        row["pseudo_labels"] = int((labels.label != NONE).sum())
+    state = {"model": model.state_dict()} | labels._asdict()
+    save(round_file(trial, arm.name, number), state)
     return row
 
 
@@ -348,20 +341,18 @@ def label_pool(
     pool. `plain` chooses among all of them, at the calibrated temperature.
     """
     config, pool = trial.config, trial.splits.pool
-    predicted = torch.full_like(before.predicted, NONE)
     if arm.how == "plain":
-        probs = calibrated_probs(predict(model, pool), temperature)
-        return Labels(probs.argmax(1), choose_plain(trial, before.given, probs))
+        return choose_plain(trial, before, calibrated_probs(predict(model, pool), temperature))
     seed_everything(config.seed, "pool", number)
     seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
     probs = calibrated_probs(predict(model, pool[seen]), 1.0)
-    predicted[seen] = probs.argmax(1)
-    chosen, given = drawn_labels(probs, balanced=config.balanced), none_given(trial)
-    given.label[seen], given.confidence[seen] = chosen.label, chosen.confidence
-    return Labels(predicted, given)
+    labels = no_labels(len(pool), pool.device)
+    for part, found in zip(labels, drawn_labels(probs, balanced=config.balanced), strict=True):
+        part[seen] = found
+    return labels
 
 
-def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLabels:
+def choose_plain(trial: Trial, before: Labels, probs: Tensor) -> Labels:
     """next_labels by the settings."""
     config, share = trial.config, trial.config.add_per_round
     return next_labels(
@@ -373,10 +364,6 @@ def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLab
         balanced=config.balanced,
         revise=config.revise,
     )
-
-
-def none_given(trial: Trial) -> PseudoLabels:
-    return no_labels(len(trial.splits.pool), trial.splits.pool.device)
 
 
 def kept_rounds(rows: list[dict]) -> dict[str, int]:
@@ -402,9 +389,8 @@ def round_file(trial: Trial, name: str, number: int) -> Path:
 
 def read_round(trial: Trial, name: str, number: int) -> Labels:
     """The labels that the round's teacher gave."""
-    state, device = read_torch(round_file(trial, name, number)), trial.splits.pool.device
-    label, confidence = state["label"].to(device), state["confidence"].to(device)
-    return Labels(state["predicted"].to(device), PseudoLabels(label, confidence))
+    state = read_torch(round_file(trial, name, number))
+    return Labels(*(state[part].to(trial.splits.pool.device) for part in Labels._fields))
 
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
@@ -454,7 +440,7 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
 
 def judge_round(trial: Trial, name: str, row: dict) -> dict:
     splits, number = trial.splits, row["epoch"]
-    labels = read_round(trial, name, number).given.label
+    labels = read_round(trial, name, number).label
     left_out = ("stage", "epoch", "train_loss")
     numbers = {"round": number} | {key: x for key, x in row.items() if key not in left_out}
     logits = predict(read_model(trial, name, number), splits.test.x)
@@ -562,7 +548,7 @@ def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) 
 def surest(trial: Trial, name: str, number: int, *, only_wrong: bool) -> dict:
     """Pictures, labels, truths and confidences of a round's 16 surest pseudo-labels."""
     splits = trial.splits
-    label, confidence = read_round(trial, name, number).given
+    _, label, confidence = read_round(trial, name, number)
     wrong = (label != splits.hidden) & (splits.hidden != UNKNOWN)
     wanted = wrong if only_wrong else torch.ones_like(wrong)
     order = by_confidence(confidence, trial.fingerprints)

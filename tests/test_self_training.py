@@ -243,11 +243,12 @@ def test_labels_are_drawn_with_their_weights_as_probability():
     weight = soft_weights(confidence, confidence.mean(), confidence.var(correction=0))
     torch.manual_seed(torch_seed)
     draws = [drawn_labels(probs, balanced=False) for _ in range(times)]
-    for label, sure in draws[:3]:
+    for predicted, label, sure in draws[:3]:
+        assert torch.equal(predicted, probs.argmax(1))
         given = label != NONE
         assert torch.equal(label[given], probs.argmax(1)[given])
         assert torch.equal(sure, torch.where(given, confidence, 0.0))
-    share = torch.stack([label != NONE for label, _ in draws]).double().mean(0)
+    share = torch.stack([label != NONE for _, label, _ in draws]).double().mean(0)
     assert (share[weight == 1] == 1).all()
     assert ((share - weight).abs() < 4.5 * (weight * (1 - weight) / times).sqrt() + 1e-3).all()
 
@@ -590,7 +591,7 @@ def outputs(trial: object) -> dict[str, dict]:
     found = {"sklearn": {"test": report["sklearn"]}, "sklearn_val": {"test": report["sklearn_val"]}}
     for name, outcome in outcomes.items():
         rows = report["arms"][name]["rounds"]
-        labels = [PROJECT.train.read_round(trial, name, n).given.label for n in range(len(rows))]
+        labels = [PROJECT.train.read_round(trial, name, n).label for n in range(len(rows))]
         models = [PROJECT.train.read_model(trial, name, n).state_dict() for n in range(len(rows))]
         state = [torch.cat([x.double().flatten() for x in m.values()]).tolist() for m in models]
         val = ("val_loss", "val_accuracy", "temperature")
@@ -757,7 +758,7 @@ def batches_by_hand(trial, arm, number) -> tuple:
         return images, Images(splits.pool, torch.zeros(len(splits.pool)).long()), 4, 12
     if number == 0:
         return images, None, 4, 4 if arm.how == "plain" else 12
-    label = PROJECT.train.read_round(trial, arm.name, number - 1).given.label
+    label = PROJECT.train.read_round(trial, arm.name, number - 1).label
     pseudo = Images(splits.pool[label != NONE], label[label != NONE])
     if arm.how == "plain":
         return Images(*map(torch.cat, zip(images, pseudo, strict=True))), None, 4, 4
@@ -803,7 +804,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
     outcome = PROJECT.train.self_train(trial, arm)
     rows = [row | {"temperature": 0.5 + n / 5} for n, row in enumerate(outcome.rows)]
     outcome = outcome._replace(rows=rows, kept={"last": 2, "agreement": 1, "validation": 0})
-    said = PROJECT.train.read_round(trial, "rounds", 1).given.label.clamp(min=0)
+    said = PROJECT.train.read_round(trial, "rounds", 1).label.clamp(min=0)
     half = torch.where(torch.arange(len(said)) % 2 == 0, said, (said + 1) % trial.classes)
     source, trial = made_source(), trial._replace(splits=trial.splits._replace(hidden=half))
     PROJECT.train.save_model(source, trial, outcome)
@@ -829,7 +830,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
     first, mistakes, number, *_ = shown["plot_examples"]
     splits = trial.splits
     for items, place in ((first, 0), (mistakes, 1)):
-        given = PROJECT.train.read_round(trial, "rounds", place).given
+        given = PROJECT.train.read_round(trial, "rounds", place)
         wrong = (given.label != NONE) & (given.label != splits.hidden)
         chosen = wrong if place else given.label != NONE
         wanted = given.confidence[chosen].sort(descending=True).values[:16]
