@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
@@ -422,14 +422,10 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     config, splits = trial.config, trial.splits
     parts = {"labelled": splits.labelled.x, "validation": splits.val.x}
     parts |= {"pool": splits.pool, "test": splits.test.x}
-    report = {"sizes": {name: len(part) for name, part in parts.items()}}
-    report["arms"] = {
-        name: {
-            "rounds": [judge_round(trial, name, row) for row in outcome.rows],
-            "kept": outcome.kept,
-        }
-        for name, outcome in outcomes.items()
-    }
+    report = {"sizes": {name: len(part) for name, part in parts.items()}, "arms": {}}
+    for name, (rows, kept) in outcomes.items():
+        rounds = [judge_round(trial, name, row) for row in rows]
+        report["arms"][name] = {"rounds": rounds, "kept": kept}
     if config.compare:
         report["sklearn"] = evaluate_sklearn(trial, "supervised", splits.labelled)
         if config.val_per_class:
@@ -481,9 +477,6 @@ def summarise(repeats: list[dict], config: Config) -> dict:
             metrics[key] = {
                 name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
             }
-    rounds = [arm["rounds"] for report in repeats for arm in report["arms"].values()]
-    seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
-    metrics["seconds_per_round"] = median(seconds) if seconds else None
     return metrics
 
 
@@ -514,20 +507,14 @@ def summary_of_seeds(values: list[float]) -> dict:
 
 def headline(metrics: dict, config: Config) -> dict:
     """Means over the repeats; of scikit-learn's classifiers the best on the test pictures."""
-    arms = metrics["arms"]
-    numbers = {"self_training_accuracy": arms[config.method]["test_accuracy"]["mean"]}
-    names = {"supervised_accuracy": "supervised", "oracle_accuracy": "oracle"}
-    names |= {"self_training_val_accuracy": "method_val"}
-    numbers |= {
-        key: arms[arm]["test_accuracy"]["mean"] for key, arm in names.items() if arm in arms
-    }
-    for key in ("sklearn", "sklearn_val"):
-        if key in metrics:
-            best = max(score["mean"] for score in metrics[key].values())
-            numbers[f"{key}_accuracy"] = best
+    arms, names = metrics["arms"], {"self_training": config.method, "supervised": "supervised"}
+    names |= {"oracle": "oracle", "self_training_val": "method_val"}
+    numbers = {key: arms[arm]["test_accuracy"]["mean"] for key, arm in names.items() if arm in arms}
+    for key in [key for key in ("sklearn", "sklearn_val") if key in metrics]:
+        numbers[key] = max(score["mean"] for score in metrics[key].values())
     if right := arms[config.method]["pseudo_label_accuracy"]:  # none where nothing is known
-        numbers["pseudo_label_accuracy"] = right["mean"]
-    return numbers
+        numbers["pseudo_label"] = right["mean"]
+    return {f"{key}_accuracy": number for key, number in numbers.items()}
 
 
 def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) -> None:

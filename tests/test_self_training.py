@@ -1018,7 +1018,6 @@ def report_of(folder: Path) -> dict:
 
 def without_seconds(folder: Path) -> tuple:
     metrics = report_of(folder)["metrics"]
-    del metrics["seconds_per_round"]
     for arm in metrics["arms"].values():
         for rows in arm["rounds"]:
             for row in rows:
