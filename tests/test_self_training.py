@@ -1028,7 +1028,7 @@ def without_seconds(folder: Path) -> tuple:
     return metrics, table
 
 
-@pytest.mark.parametrize("checkpoints", [2, 9])  # in plain, and in the middle of every_step
+@pytest.mark.parametrize("checkpoints", [2, 6, 9])  # within plain, rounds and every_step
 def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, run, checkpoints):
     train_until("self_training", checkpoints, *TINY, "--out_dir", tmp_path)
     (folder,) = tmp_path.iterdir()
