@@ -343,7 +343,6 @@ def label_pool(
     config, pool = trial.config, trial.splits.pool
     if arm.how == "plain":
         return choose_plain(trial, before, calibrated_probs(predict(model, pool), temperature))
-    seed_everything(config.seed, "pool", number)
     seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
     probs = calibrated_probs(predict(model, pool[seen]), 1.0)
     labels = no_labels(len(pool), pool.device)
