@@ -18,6 +18,8 @@ s is the number of features, and log det S / s is added to J (Friedman & Rubin 1
 import copy
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +40,8 @@ MEDIAN_STEPS = 20  # of Weiszfeld's iteration, each time the centres move
 ROUNDS = 100  # at most, of clustering and then estimating the covariance
 SAMPLE = 10_000  # rows from which on the starts are tried on a sample
 HELD = 2**20  # numbers of a table that is small enough to keep in the clusters' coordinates
-TABLE = 2**18  # distances worked on at a time on a CPU: what its cache holds
+TABLE = 2**20  # numbers that a thread works on at a time: what its processor's cache holds
+FEW = 1 / 16  # share of the points that move, below which bounds save more than they cost
 LABELLED = 4096  # labelled points that are moved at a time
 MANY = 256  # labelled points that would gain by a move: from here on all of them move at once
 
@@ -131,14 +134,43 @@ def move_labelled(costs, y, w, own, counts, pull: float) -> np.ndarray:
 # --- points and centres -----------------------------------------------------------------------
 
 
-class Points:
-    """Rows x (N, D) in the coordinates (x - shift) @ whiten, made when they are asked for.
+@contextmanager
+def threads(device: torch.device):
+    """A `map` by as many threads as torch has, each of which runs torch's operations alone.
 
-    So a table needs no second copy in memory, and may lie in a file (numpy.memmap).
+    Torch would split every single operation, which costs more than it brings for small ones. Here
+    a thread has part of the rows, and holds no lock of Python's while torch works. The answers keep
+    their order, so that sums do not depend on the number of threads.
+    """
+    if device.type != "cpu":
+        yield map
+        return
+    torch.empty(2**21)  # once freed, glibc keeps smaller blocks, and their pages, for the next use
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda work, parts: (pool.map if min(count, len(parts)) > 1 else map)(work, parts)
+    finally:
+        torch.set_num_threads(count)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Slices of `count` rows of at most `size` each, of about the same length."""
+    parts = -(-count // size)
+    return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+class Points:
+    """Rows x (N, D), codes y (N,) of their classes or -1, and weights w (N,).
+
+    Seen in the coordinates (x - shift) @ whiten, which are made when they are asked for, so that a
+    table needs no second copy in memory, and may lie in a file (numpy.memmap). `spread` is a map.
     """
 
-    def __init__(self, x: Tensor, shift: Tensor, whiten: Tensor | None = None):
-        self.x, self.shift = x, shift.to(x)
+    def __init__(self, x: Tensor, y, w, shift: Tensor, whiten: Tensor | None = None, spread=map):
+        self.x, self.y, self.w, self.spread = x, y, w, spread
+        self.shift = shift.to(x)
         self.whiten = None if whiten is None else whiten.to(x)
         self.held = self.seen(x) if x.numel() <= HELD else None
 
@@ -149,27 +181,29 @@ class Points:
         rows = rows - self.shift
         return rows if self.whiten is None else rows @ self.whiten
 
-    def take(self, index: Tensor) -> Tensor:
-        """The points `index` (n,), which rises."""
-        if len(index) and int(index[-1]) - int(index[0]) + 1 == len(index):
-            return self.part(slice(int(index[0]), int(index[-1]) + 1))
-        if self.held is not None:
-            return self.held.index_select(0, index)
-        return self.seen(self.x.index_select(0, index))
+    def part(self, rows: slice | Tensor) -> Tensor:
+        """Coordinates (n, D) of some of the points."""
+        of = self.x if self.held is None else self.held
+        of = of[rows] if isinstance(rows, slice) else of.index_select(0, rows)
+        return self.seen(of) if self.held is None else of
 
-    def part(self, rows: slice) -> Tensor:
-        return self.seen(self.x[rows]) if self.held is None else self.held[rows]
+    def each(self, work, size: int = 0):
+        """Answers of work(rows, part) for all points, a slice `rows` at a time, in their order."""
+        rows = slices(len(self), size or chunk_of(self.x, 16))
+        return self.spread(lambda rows: work(rows, self.part(rows)), rows)
 
-    def parts(self, size: int):
-        """Pairs of a slice and its points."""
-        for start in range(0, len(self), size):
-            rows = slice(start, min(start + size, len(self)))
-            yield rows, self.part(rows)
+    def seen_by(self, shift: Tensor, whiten: Tensor | None = None) -> "Points":
+        return Points(self.x, self.y, self.w, shift, whiten, self.spread)
+
+    def labelled(self, code: int) -> Tensor:
+        return (self.y == code).nonzero()[:, 0]
 
 
 def chunk_of(x: Tensor, clusters: int) -> int:
     """Points at a time: what fits a processor's cache, or fills a GPU."""
-    return max(512, TABLE // clusters) if x.device.type == "cpu" else max(512, 2**26 // clusters)
+    if x.device.type != "cpu":
+        return max(512, 2**26 // clusters)
+    return max(512, TABLE // (clusters + x.shape[1]))
 
 
 def squared_costs(points: Tensor, centres: Tensor) -> Tensor:
@@ -177,62 +211,78 @@ def squared_costs(points: Tensor, centres: Tensor) -> Tensor:
     return torch.addmm(centres.square().sum(1)[:, None], centres, points.T, alpha=-2)
 
 
-def nearest_two(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For points (n, D): the nearest of the centres (K, D), its distance, and by how much the
-    second is farther at least (less than 0 where rounding may hide which of them is nearer).
+def nearest(points: Tensor, centres: Tensor, second: bool = False):
+    """The nearest of the centres (K, D) of points (n, D), and its squared distance less |x|^2.
+
+    With `second` also by how much the second is farther at least, less than 0 where rounding may
+    hide which of them is nearer.
     """
-    centres = centres.to(points)
+    centres, clusters = centres.to(points), len(centres)
     costs = squared_costs(points, centres)
     best = costs.amin(0)
-    hit = torch.eq(costs, best, out=torch.empty_like(costs))  # 1 where nearest, else 0
-    code = torch.stack((torch.ones(len(centres)), torch.arange(len(centres)))).to(points)
-    count, number = code @ hit  # many times faster than min with indices
-    nearest = number.long()
-    tied = (count > 1).nonzero()[:, 0]
-    if len(tied):
-        nearest[tied] = costs.index_select(1, tied).min(0).indices
-    second = costs.add_(hit, alpha=torch.finfo(points.dtype).max / 4).amin(0)
-    square = points.square() @ points.new_ones(points.shape[1])
+    hit = torch.eq(costs, best, out=torch.empty_like(costs) if second else costs)  # 1. or 0.
+    number = torch.arange(clusters, 2 * clusters).to(points) @ hit  # faster than min with indices
+    near = number.int() - clusters
+    if number.max() >= 2 * clusters:  # of equally near ones the first
+        tied = (number >= 2 * clusters).nonzero()[:, 0]
+        near[tied] = hit.index_select(1, tied).max(0).indices.int()
+    if not second:
+        return near, best
+    square = squares(points)
     rounding = torch.finfo(points.dtype).eps * (8 + points.shape[1] / 4)
     rounding = rounding * (square + centres.square().sum(1).max())
-    distance = (best + square).clamp(min=0).sqrt()
-    margin = (second + square - rounding).clamp(min=0).sqrt()
+    farther = costs.add_(hit, alpha=torch.finfo(points.dtype).max / 4).amin(0)
+    margin = (farther + square - rounding).clamp(min=0).sqrt()
     margin -= (best + square + rounding).clamp(min=0).sqrt()
-    margin[tied] = -float("inf")
-    return nearest, distance, margin
+    margin[number >= 2 * clusters] = -float("inf")
+    return near, best, margin
+
+
+def squares(points: Tensor) -> Tensor:
+    """|x|^2 (n,) of points (n, D)."""
+    return points.square() @ points.new_ones(points.shape[1])
 
 
 def cluster_sums(points: Tensor, w: Tensor, own: Tensor, clusters: int) -> np.ndarray:
-    """Sums (K, D) of w x over the points (n, D) of each cluster `own` (n,), in float64."""
+    """Sums (K, D + 1) of w x and w over the points (n, D) of each cluster `own` (n,), float64."""
     if points.device.type != "cpu":
-        sums = torch.zeros(clusters, points.shape[1], dtype=torch.float64, device=points.device)
-        return sums.index_add_(0, own, points.double() * w[:, None]).cpu().numpy()
+        ones = points.new_ones(len(points), 1)
+        rows = torch.cat((points, ones), 1).double() * w[:, None]
+        sums = rows.new_zeros(clusters, rows.shape[1])
+        return sums.index_add_(0, own, rows).cpu().numpy()
     weights, numbers = w.double().numpy(), own.numpy()
     if len(own) * clusters <= 2**14:
-        return (np.arange(clusters)[:, None] == numbers) * weights @ points.double().numpy()
-    from scipy.sparse import csc_matrix  # many times as fast as index_add_
+        member = (np.arange(clusters)[:, None] == numbers) * weights
+    else:
+        from scipy.sparse import csc_matrix  # many times as fast as index_add_
 
-    place = (weights, numbers, np.arange(len(own) + 1))
-    return csc_matrix(place, shape=(clusters, len(own))) @ points.double().numpy()
+        place = (weights, numbers, np.arange(len(own) + 1, dtype=np.int32))
+        member = csc_matrix(place, shape=(clusters, len(own)))
+    sums = np.empty((clusters, points.shape[1] + 1))
+    sums[:, :-1] = member @ points.double().numpy()
+    sums[:, -1] = np.bincount(numbers, weights, clusters)
+    return sums
 
 
-def geometric_medians(points: Points, w, own: Tensor, centres: np.ndarray, chunk: int):
+def geometric_medians(points: Points, own: Tensor, centres: np.ndarray, chunk: int):
     """Centres (K, D) nearer to their points, whose clusters are `own` (N,), in total.
 
     Weiszfeld's iteration in the form of Vardi & Zhang 2000, which never raises the sum of distances
     and does not stick to a data point: where the centre is one, that point holds it back.
     """
+
+    def pulls(rows: slice, part: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        gap, w = part.double() - at[own[rows]], points.w[rows]
+        distance = gap.norm(dim=1)
+        weight = torch.where(distance > 0, w / distance, 0)
+        return np.stack(
+            [cluster_sums(gap, by, own[rows], len(at)) for by in (weight, w * (distance == 0))]
+        )
+
     for _ in range(MEDIAN_STEPS):
-        pull, weights = np.zeros_like(centres), np.zeros((len(centres), 1))
-        here, at = np.zeros_like(weights), torch.from_numpy(centres).to(points.x.device)
-        for rows, part in points.parts(chunk):
-            gap = part.double() - at[own[rows]]
-            distance = gap.norm(dim=1)
-            weight = torch.where(distance > 0, w[rows] / distance, 0)
-            pull += cluster_sums(gap, weight, own[rows], len(centres))
-            ones = torch.ones_like(gap[:, :1])
-            weights += cluster_sums(ones, weight, own[rows], len(centres))
-            here += cluster_sums(ones, w[rows] * (distance == 0), own[rows], len(centres))
+        at = torch.from_numpy(centres).to(points.x.device)
+        pull, here = sum(points.each(pulls, chunk))
+        pull, weights, here = pull[:, :-1], pull[:, -1:], here[:, -1:]
         tiny = np.finfo(centres.dtype).tiny
         strength = np.linalg.norm(pull, axis=1, keepdims=True)
         held = np.minimum(here, strength) / strength.clip(tiny)  # at most 1
@@ -240,30 +290,31 @@ def geometric_medians(points: Points, w, own: Tensor, centres: np.ndarray, chunk
     return centres
 
 
-def extend_start(points: Points, w: Tensor, centres: Tensor, clusters: int, generator) -> Tensor:
+def extend_start(points: Points, centres: Tensor, clusters: int, generator) -> Tensor:
     """Add points to centres (k, D), k >= 0, until there are `clusters` of them.
 
     k-means++ (Arthur & Vassilvitskii 2007): a point is drawn in proportion to its weight and its
     squared distance from the nearest centre so far; by weight alone where all distances are 0.
     """
-    nearest = points.x.new_full((len(points),), float("inf"))
+    distance, w = points.x.new_full((len(points),), float("inf")), points.w
+
+    def come_near(centre: Tensor) -> None:
+        def take(rows: slice, part: Tensor) -> None:
+            each = (part - centre).square().sum(1)
+            distance[rows] = torch.minimum(distance[rows], each)
+
+        list(points.each(take))
+
     for centre in centres:
-        come_near(points, centre, nearest)
+        come_near(centre)
     while len(centres) < clusters:
-        chance = nearest.double() * w if nearest.isfinite().all() and nearest.any() else w.double()
-        chance = chance.cumsum(0)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(nearest.device)
+        known = distance.isfinite().all() and distance.any()
+        chance = (distance.double() * w if known else w.double()).cumsum(0)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(distance.device)
         index = torch.searchsorted(chance, drawn * chance[-1], right=True)
-        centre = points.take(index.clamp(max=len(points) - 1))
-        centres = torch.cat((centres, centre))
-        come_near(points, centre[0], nearest)
+        centres = torch.cat((centres, points.part(index.clamp(max=len(points) - 1))))
+        come_near(centres[-1])
     return centres
-
-
-def come_near(points: Points, centre: Tensor, nearest: Tensor) -> None:
-    """Takes `centre` (D,) into the squared distances `nearest` (N,) from the nearest centre."""
-    for rows, part in points.parts(chunk_of(points.x, 16)):
-        nearest[rows] = torch.minimum(nearest[rows], (part - centre).square().sum(1))
 
 
 # --- the descent ------------------------------------------------------------------------------
@@ -272,28 +323,30 @@ def come_near(points: Points, centre: Tensor, nearest: Tensor) -> None:
 class Descent:
     """Centres, clusters, and the sums from which the objective follows; no step raises it.
 
-    Of `points` (N, D), weights w (N,) and classes y (N,), 0 .. C - 1 or -1; centres (K, D). `unit`
-    is s, `constant` what is added to J. Clusters' sizes (K,), sums of points (K, D) and labelled
-    weight by class (K, C) are kept in float64 and change only by the points that move. So does the
-    objective, in O(K (D + C)), if distances are squared.
+    Of `points` (N, D) and centres (K, D); `unit` is s, `constant` what is added to J. `sums` of the
+    points and the weights of each cluster (K, D + 1) and `counts`, its labelled weight by class
+    (K, C), are kept in float64 and change only by the points that move. So does the objective, in
+    O(K (D + C)), if distances are squared.
 
-    A point is looked at again only once the centres may have moved so far that another could be its
-    nearest (bounds of Hamerly 2010): `path` (K,) is how far a cluster's centre and the farthest
-    moving other have come, `due` (N,) the path at which a point has to be looked at.
+    Once few points move, a point is looked at again only if the centres may have moved so far that
+    another could be its nearest (bounds of Hamerly 2010): `path` (K,) is how far a cluster's centre
+    and the farthest moving other have come, `due` (N,) the path at which a point has to be looked
+    at. Labelled points, which step 3 moves, are never due.
     """
 
-    def __init__(self, points, y, w, centres, *, alpha, unit, constant=0.0, plain=False, own=None):
-        self.points, self.w, self.plain = points, w, plain
+    def __init__(self, points, centres, *, alpha, unit, constant=0.0, plain=False, own=None):
+        self.points, self.plain, self.own = points, plain, own
         self.alpha, self.unit, self.constant = alpha, unit, constant
-        self.labelled = (y >= 0).nonzero()[:, 0]
-        self.y = y[self.labelled].cpu().numpy()
-        self.w_labelled = w[self.labelled].double().cpu().numpy()
+        self.labelled = (points.y >= 0).nonzero()[:, 0]
+        self.y = points.y[self.labelled].cpu().numpy()
+        self.w_labelled = points.w[self.labelled].double().cpu().numpy()
         self.centres = centres.double().cpu().numpy()
         self.chunk = chunk_of(points.x, len(centres))
         self.guided = bool(len(self.labelled)) and alpha > 0
-        self.path = np.zeros(len(centres))
+        self.path, self.bounded = np.zeros(len(centres)), False
         self.due = points.x.new_full((len(points),), -float("inf"), dtype=torch.float32)
-        self.own = own
+        if self.guided:
+            self.due[self.labelled] = float("inf")
         self.sum_up()
 
     def sum_up(self) -> None:
@@ -301,71 +354,78 @@ class Descent:
         first, (clusters, features) = self.own is None, self.centres.shape
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
-        self.sums, self.sizes = np.zeros((clusters, features)), np.zeros(clusters)
-        self.square_sum, self.weight = 0.0, total_weight(self.w)
-        for rows, points in self.points.parts(self.chunk):
-            if first:
-                self.own[rows], self.due[rows] = self.look(points)
-            own, w = self.own[rows], self.w[rows]
-            self.sums += cluster_sums(points, w, own, clusters)
-            self.sizes += np.bincount(own.cpu().numpy(), w.cpu().numpy(), clusters)
-            self.square_sum += float((points.square().sum(1) * w).sum(dtype=torch.float64))
-        if self.guided:
-            self.due[self.labelled] = float("inf")  # they move in step 3 only
-        self.counts = self.count()
+        self.sums, self.square_sum = np.zeros((clusters, features + 1)), 0.0
+        centres = torch.from_numpy(self.centres)
 
-    def look(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest centre of points (n, D), and the path at which to look again."""
-        near, _, margin = nearest_two(points, torch.from_numpy(self.centres))
-        path = torch.from_numpy(self.path).to(margin)
-        return near.int(), margin + path.index_select(0, near)
+        def add(rows: slice, part: Tensor) -> tuple[np.ndarray, float]:
+            if first:
+                self.own[rows] = nearest(part, centres)[0]
+            own, w = self.own[rows], self.points.w[rows]
+            square = float((part.square().sum(1) * w).sum(dtype=torch.float64))
+            return cluster_sums(part, w, own, clusters), square
+
+        for sums, square in self.points.each(add, self.chunk):
+            self.sums += sums
+            self.square_sum += square
+        self.weight, self.counts = total_weight(self.points.w), self.count()
+        self.settled = first  # whether the nearest centres of all points are known
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.sums[:, -1].copy()
 
     def count(self) -> np.ndarray:
         own = self.own[self.labelled].cpu().numpy()
         shape = (len(self.centres), int(self.y.max(initial=0)) + 1)
         return count_labels(own, self.y, self.w_labelled, shape)
 
-    def move(self, index: Tensor, points: Tensor, to: Tensor) -> None:
-        """Put the points `index` (n,), (n, D) into other clusters, `to` (n,)."""
-        clusters, w, old = len(self.centres), self.w[index], self.own[index]
-        weights = w.cpu().numpy()
-        for own, sign in ((to, 1), (old, -1)):
-            self.sums += sign * cluster_sums(points, w, own, clusters)
-            self.sizes += sign * np.bincount(own.cpu().numpy(), weights, clusters)
+    def move(self, index: Tensor, points: Tensor, to: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Put points (n, D), `index` (n,), into clusters `to` (n,); what `sums` gain and lose."""
+        w, old = self.points.w[index], self.own[index]
         self.own[index] = to.int()
+        gain, loss = (cluster_sums(points, w, own, len(self.centres)) for own in (to, old))
+        return gain, loss
 
     def assign(self) -> int:
         """Step 2: points that step 3 does not move go to the nearest centre; how many moved."""
+        if self.settled:
+            return 0
         moved = 0
-        for part, points in self.late():
-            old, (near, due) = self.own[part], self.look(points)
-            if self.guided:
-                fixed = self.due[part] == float("inf")
-                near, due = torch.where(fixed, old, near), due.masked_fill(fixed, float("inf"))
-            self.due[part] = due.float()
-            change = (near != old).nonzero()[:, 0]
-            if len(change):
-                index = change + part.start if isinstance(part, slice) else part[change]
-                self.move(index, points.index_select(0, change), near[change])
-                moved += len(change)
+        parts = slices(len(self.points), self.chunk)
+        for count, gain, loss in self.points.spread(self.look, parts):
+            moved += count
+            self.sums += gain
+            self.sums -= loss
         if moved and not self.guided and len(self.labelled):
             self.counts = self.count()
+        self.bounded |= moved < FEW * len(self.points) and len(self.points) > self.chunk
+        self.settled = True
         return moved
 
-    def late(self):
-        """Pairs of an index and its points: those that have to be looked at again.
-
-        If they are most of all, or all are few, whole chunks are, which are read faster.
-        """
-        if len(self.due) > self.chunk:
-            path, late = torch.from_numpy(self.path).to(self.due), []
-            for due, own in zip(self.due.split(2**17), self.own.split(2**17), strict=True):
-                late.append(due < path.index_select(0, own))
-            late = torch.cat(late)
-            if 2 * int(late.sum()) < len(late):
-                index = late.nonzero()[:, 0]
-                return ((part, self.points.take(part)) for part in index.split(self.chunk))
-        return self.points.parts(self.chunk)
+    def look(self, rows: slice) -> tuple:
+        """Step 2 for a part of the points: how many moved, and what `sums` gain and lose."""
+        own, due = self.own[rows], self.due[rows]  # views
+        if self.bounded:
+            path = torch.from_numpy(self.path).to(due)
+            late = (due < path.index_select(0, own)).nonzero()[:, 0]
+            if not len(late):
+                return 0, 0.0, 0.0
+            if 2 * len(late) < len(due):  # else all, which are read faster
+                rows = late + rows.start
+                own, due = own[late], due[late]
+        points = self.points.part(rows)
+        near, _, *margin = nearest(points, torch.from_numpy(self.centres), self.bounded)
+        change = near != own
+        if self.guided:
+            change &= due < float("inf")
+        if self.bounded:
+            due = torch.where(due < float("inf"), margin[0] + path.index_select(0, near), due)
+            self.due[rows] = due.float()
+        change = change.nonzero()[:, 0]
+        if not len(change):
+            return 0, 0.0, 0.0
+        index = change + rows.start if isinstance(rows, slice) else rows[change]
+        return len(change), *self.move(index, points.index_select(0, change), near[change])
 
     def move_labelled(self) -> int:
         """Step 3: labelled points go where the whole objective is lower; how many moved."""
@@ -375,14 +435,16 @@ class Descent:
         for start in range(0, len(self.labelled), LABELLED):
             rows = slice(start, start + LABELLED)
             index = self.labelled[rows]
-            points, own = self.points.take(index), self.own[index].cpu().numpy()
+            points, own = self.points.part(index), self.own[index].cpu().numpy()
             y, w, costs = self.y[rows], self.w_labelled[rows], self.costs(points)
             to = move_labelled(costs, y, w, own, self.counts, self.alpha * self.unit)
             (change,) = np.nonzero(to != own)
             if len(change):
                 change = torch.from_numpy(change).to(index)
                 to = torch.from_numpy(to).to(index.device)
-                self.move(index[change], points[change], to[change])
+                gain, loss = self.move(index[change], points[change], to[change])
+                self.sums += gain
+                self.sums -= loss
                 self.counts = self.count()
                 moved += len(change)
         return moved
@@ -399,18 +461,16 @@ class Descent:
         before = self.centres
         self.fill_empty()
         if self.plain:
-            options = (self.w, self.own, self.centres, self.chunk)
-            self.centres = geometric_medians(self.points, *options)
+            self.centres = geometric_medians(self.points, self.own, self.centres, self.chunk)
         else:
-            sizes = np.where(self.sizes > 0, self.sizes, 1)[:, None]
-            self.centres = np.where(self.sizes[:, None] > 0, self.sums / sizes, self.centres)
+            sizes = self.sizes[:, None]
+            means = self.sums[:, :-1] / np.where(sizes > 0, sizes, 1)
+            self.centres = np.where(sizes > 0, means, self.centres)
         steps = np.linalg.norm(self.centres - before, axis=1)
-        farthest = steps.argmax()
-        others = np.full(len(steps), steps[farthest])
-        others[farthest] = max(
-            steps[:farthest].max(initial=0), steps[farthest + 1 :].max(initial=0)
-        )
+        others = np.full(len(steps), steps.max())
+        others[steps.argmax()] = np.delete(steps, steps.argmax()).max(initial=0)
         self.path = self.path + (steps + others) * (1 + 1e-6)
+        self.settled &= not steps.any()
 
     def fill_empty(self) -> None:
         """Empty clusters start anew at the point farthest from its centre.
@@ -424,7 +484,7 @@ class Descent:
         empty = np.flatnonzero(members == 0)
         if not len(empty):
             return
-        distance = self.distances() * (self.w > 0)
+        distance = self.distances() * (self.points.w > 0)
         for cluster in empty:
             single = torch.from_numpy(members < 2).to(self.own.device)
             distance[single[self.own]] = 0  # would leave another cluster empty
@@ -433,8 +493,9 @@ class Descent:
                 break
             members[int(self.own[farthest])] -= 1
             members[cluster] += 1
-            point, to = self.points.take(farthest), torch.full_like(farthest, int(cluster))
-            self.move(farthest, point, to)
+            point, to = self.points.part(farthest), torch.full_like(farthest, int(cluster))
+            gain, loss = self.move(farthest, point, to)
+            self.sums += gain - loss
             if self.due[farthest] < float("inf"):
                 self.due[farthest] = -float("inf")
             self.centres = self.centres.copy()
@@ -444,17 +505,20 @@ class Descent:
 
     def distances(self) -> Tensor:
         """Distance (N,) of each point from its own centre, squared or plain."""
-        parts, centres = [], torch.from_numpy(self.centres).to(self.own.device)
-        for rows, points in self.points.parts(self.chunk):
-            square = (points.double() - centres[self.own[rows]]).square().sum(1)
-            parts.append(square.sqrt() if self.plain else square)
-        return torch.cat(parts)
+        centres = torch.from_numpy(self.centres).to(self.own.device)
+
+        def gaps(rows: slice, part: Tensor) -> Tensor:
+            square = (part.double() - centres[self.own[rows]]).square().sum(1)
+            return square.sqrt() if self.plain else square
+
+        return torch.cat(list(self.points.each(gaps, self.chunk)))
 
     def dispersion(self) -> float:
         """The first term of equation 1, divided by W."""
         if self.plain:
-            return float((self.distances() * self.w).sum()) / self.weight / self.unit
-        cross, own = (self.centres * self.sums).sum(), (self.centres**2).sum(1) @ self.sizes
+            return float((self.distances() * self.points.w).sum()) / self.weight / self.unit
+        cross = (self.centres * self.sums[:, :-1]).sum()
+        own = (self.centres**2).sum(1) @ self.sizes
         return float(max(0.0, self.square_sum - 2 * cross + own) / self.weight / self.unit)
 
     def impurity(self) -> float:
@@ -486,17 +550,6 @@ class Descent:
                 break
         self.assign()  # so that labels_ of unlabelled points are the nearest centres, as later
         return history
-
-
-class Data(NamedTuple):
-    """What is clustered: rows (N, D), codes of classes (N,) or -1, weights (N,)."""
-
-    x: Tensor
-    y: Tensor
-    w: Tensor
-
-    def at(self, index: Tensor, w: Tensor) -> "Data":
-        return Data(self.x[index], self.y[index], w)
 
 
 class Start(NamedTuple):
@@ -567,84 +620,89 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             w = torch.from_numpy(_check_sample_weight(as_array(sample_weight), as_array(x)))
             if not (w.min() >= 0 and w.sum() > 0):
                 raise ValueError("sample_weight: expected numbers of at least 0, not all of them 0")
-        data = Data(rows, y, w.to(rows.device))
-        self.clusters_ = self.count_clusters(data)
+        self.clusters_ = self.n_clusters
+        if self.n_clusters is None:
+            self.clusters_ = len(self.classes_) or min(8, len(rows))
         self.check_settings(len(rows))
-        self.shift_ = mean_of(data)
-        seed = int(check_random_state(self.random_state).randint(2**31))
-        best = self.best_start(data, torch.Generator().manual_seed(seed))
-        self.keep(best, x)
+        generator = torch.Generator()
+        generator.manual_seed(int(check_random_state(self.random_state).randint(2**31)))
+        with threads(rows.device) as spread:
+            points = Points(rows, y, w.to(rows.device), torch.zeros(rows.shape[1]), None, spread)
+            self.shift_ = mean_of(points)
+            best = self.best_start(points.seen_by(self.shift_), generator)
+            self.keep(best, x)
         return self
 
     # what is fitted
 
-    def best_start(self, data: Data, generator: torch.Generator) -> Fit:
+    def best_start(self, points: Points, generator: torch.Generator) -> Fit:
         """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
-        tried = self.draw_sample(data, generator)
-        unit = self.unit_of(data)
+        tried = self.draw_sample(points, generator)
+        unit = self.unit_of(points)
         fits, iterations = [], 0
         for _ in range(1 if self.one_start() else self.n_init):
             fits.append(self.descend(tried, None, unit, generator))
             iterations += len(fits[-1].history)
         best = min(fits, key=lambda fit: fit.descent.objective())
-        if tried is not data:
+        if tried is not points:
             start = Start(best.descent.centres, best.whiten)
             del tried, fits, best  # the sample's rows need not stay in memory
-            best = self.descend(data, start, unit, generator)
+            best = self.descend(points, start, unit, generator)
             iterations += len(best.history)
         self.n_iter_total_ = iterations
         return best
 
-    def draw_sample(self, data: Data, generator: torch.Generator) -> Data:
+    def draw_sample(self, points: Points, generator: torch.Generator) -> Points:
         """A random share of the unlabelled rows, weighted to stand for all, and labelled ones."""
-        if self.sample is None or len(data.x) <= self.sample:
-            return data
-        taken, shares = torch.zeros_like(data.y, dtype=torch.bool), []
-        for group in (data.y >= 0, data.y < 0):
+        if self.sample is None or len(points) <= self.sample:
+            return points
+        taken, shares = torch.zeros_like(points.y, dtype=torch.bool), []
+        for group in (points.y >= 0, points.y < 0):
             size = int(group.sum())
-            count = min(size, max(self.sample // 2, len(data.x) // 10))
+            count = min(size, max(self.sample // 2, len(points) // 10))
             chosen = torch.randperm(size, generator=generator, dtype=torch.int32)[:count]
             marks = torch.zeros(size, dtype=torch.bool)
             marks[chosen.long()] = True
             taken.masked_scatter_(group, marks.to(group.device))
             shares.append(size / max(count, 1))
         index = taken.nonzero()[:, 0]
-        w, known = data.w[index], data.y[index] >= 0
-        return data.at(index, torch.where(known, w * shares[0], w * shares[1]))
+        w, y = points.w[index], points.y[index]
+        w = torch.where(y >= 0, w * shares[0], w * shares[1])
+        return Points(points.x[index], y, w, points.shift, None, points.spread)
 
-    def unit_of(self, data: Data) -> float:
+    def unit_of(self, points: Points) -> float:
         """s of equation 1."""
         if self.metric == "pooled":
-            return float(data.x.shape[1])
-        points, sum_of = Points(data.x, self.shift_), 0.0
-        for rows, part in points.parts(chunk_of(data.x, 16)):
+            return float(points.x.shape[1])
+
+        def far(rows: slice, part: Tensor) -> float:
             square = part.square().sum(1)
             each = square.sqrt() if self.distance == "plain" else square
-            sum_of += float((each * data.w[rows]).sum(dtype=torch.float64))
-        return sum_of / total_weight(data.w) or 1.0
+            return float((each * points.w[rows]).sum(dtype=torch.float64))
 
-    def descend(self, data: Data, start: Start | None, unit: float, generator) -> Fit:
+        return sum(points.each(far)) / total_weight(points.w) or 1.0
+
+    def descend(self, points: Points, start: Start | None, unit: float, generator) -> Fit:
         """From `start`, or from a start of its own, until the objective stops falling."""
         options = {"alpha": self.alpha, "unit": unit, "plain": self.distance == "plain"}
-        if self.metric == "euclidean":
-            points = Points(data.x, self.shift_)
-            if start is None:
-                centres = self.start(points, data, generator)
-            else:
-                centres = torch.from_numpy(start.centres)
-            descent = Descent(points, data.y, data.w, centres, **options)
-            return Fit(descent, descent.run(self.max_iter, self.tol), None)
-        return self.descend_pooled(data, start, options, generator)
+        if self.metric == "pooled":
+            return self.descend_pooled(points, start, options, generator)
+        if start is None:
+            centres = self.start(points, generator)
+        else:
+            centres = torch.from_numpy(start.centres)
+        descent = Descent(points, centres, **options)
+        return Fit(descent, descent.run(self.max_iter, self.tol), None)
 
-    def descend_pooled(self, data: Data, start: Start | None, options: dict, generator) -> Fit:
+    def descend_pooled(self, points: Points, start: Start | None, options: dict, generator) -> Fit:
         """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
 
         With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
         minimum of tr(S^-1 (W + shrinkage V)) + log det S, so that neither step raises J.
         """
-        scatter, prior = self.scatter(data)
+        scatter, prior = self.scatter(points)
         if start is None:
-            covariance = self.labelled_covariance(data, scatter) + prior
+            covariance = self.labelled_covariance(points, scatter) + prior
             centres = own = None
         else:
             covariance = np.linalg.inv(start.whiten @ start.whiten.T)
@@ -652,12 +710,12 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         history, previous = [], np.inf
         for _ in range(ROUNDS):
             whiten, constant = whitening(covariance, prior)
-            points = Points(data.x, self.shift_, torch.from_numpy(whiten))
+            seen = points.seen_by(self.shift_, torch.from_numpy(whiten))
             if centres is None:
-                at = self.start(points, data, generator)
+                at = self.start(seen, generator)
             else:
                 at = torch.from_numpy(centres @ whiten)
-            descent = Descent(points, data.y, data.w, at, own=own, constant=constant, **options)
+            descent = Descent(seen, at, own=own, constant=constant, **options)
             history += descent.run(self.max_iter, self.tol)
             objective, own = descent.objective(), descent.own
             if not previous - objective > max(self.tol, 1e-9) or len(history) >= self.max_iter:
@@ -666,23 +724,24 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             covariance = scatter - (centres.T * descent.sizes) @ centres / descent.weight + prior
         return Fit(descent, history, whiten)
 
-    def scatter(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    def scatter(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """Covariance of all points (D, D), and the diagonal matrix that is added to S."""
-        covariance = np.zeros((data.x.shape[1],) * 2)
-        for rows, part in Points(data.x, self.shift_).parts(chunk_of(data.x, 16)):
-            square = part.T @ (part * data.w[rows, None].to(part))
-            covariance += square.double().cpu().numpy()
-        covariance /= total_weight(data.w)
+
+        def square(rows: slice, part: Tensor) -> np.ndarray:
+            weighted = part * points.w[rows, None].to(part)
+            return (part.T @ weighted).double().cpu().numpy()
+
+        covariance = sum(points.each(square)) / total_weight(points.w)
         variances = np.diag(covariance)
         prior = self.shrinkage * np.where(variances > 0, variances, 1)
         return covariance, np.diag(prior)
 
-    def labelled_covariance(self, data: Data, whole: np.ndarray) -> np.ndarray:
+    def labelled_covariance(self, points: Points, whole: np.ndarray) -> np.ndarray:
         """Within the labelled classes, shrunk towards `whole` (D, D) as if by D points."""
         scatter, weight = len(whole) * whole, len(whole)
         for label in range(len(self.classes_)):
-            index = (data.y == label).nonzero()[:, 0]
-            x, w = data.x[index].double().cpu().numpy(), data.w[index].double().cpu().numpy()
+            index = points.labelled(label)
+            x, w = points.x[index].double().cpu().numpy(), points.w[index].double().cpu().numpy()
             if w.sum() > 0:
                 gap = x - np.average(x, axis=0, weights=w)
                 scatter, weight = scatter + (gap.T * w) @ gap, weight + w.sum()
@@ -694,19 +753,20 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             return self.init == "labelled" and self.clusters_ <= len(self.classes_)
         return True
 
-    def start(self, points: Points, data: Data, generator: torch.Generator) -> Tensor:
+    def start(self, points: Points, generator: torch.Generator) -> Tensor:
         """Centres (K, D); of more classes than clusters, those with most labels have one."""
         if not isinstance(self.init, str):
             return points.seen(torch.as_tensor(self.init).to(points.x))
         centres = points.part(slice(0, 0))
         if self.init == "labelled":
-            sizes = [float(data.w[data.y == label].sum()) for label in range(len(self.classes_))]
-            for label in np.argsort(-np.array(sizes), kind="stable")[: self.clusters_]:
-                index = (data.y == int(label)).nonzero()[:, 0]
-                w = data.w[index].to(centres)
-                mean = (points.take(index) * w[:, None]).sum(0) / w.sum()
+            members = [points.labelled(label) for label in range(len(self.classes_))]
+            sizes = np.array([float(points.w[index].sum()) for index in members])
+            for label in np.argsort(-sizes, kind="stable")[: self.clusters_]:
+                index = members[label]
+                w = points.w[index].to(centres)
+                mean = (points.part(index) * w[:, None]).sum(0) / w.sum()
                 centres = torch.cat((centres, mean[None]))
-        return extend_start(points, data.w, centres, self.clusters_, generator)
+        return extend_start(points, centres, self.clusters_, generator)
 
     # what is taken and kept
 
@@ -741,11 +801,6 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             named = named.astype(str)
         self.classes_, codes[known] = np.unique(named, return_inverse=True)
         return torch.from_numpy(codes).to(rows.device)
-
-    def count_clusters(self, data: Data) -> int:
-        if self.n_clusters is not None:
-            return self.n_clusters
-        return len(self.classes_) or min(8, len(data.x))
 
     def check_settings(self, count: int) -> None:
         if not 1 <= self.clusters_ <= count:
@@ -828,11 +883,16 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         """Nearest cluster (N,) and distance from its centre (N,), in the clusters' coordinates."""
         check_is_fitted(self)
         rows = self.check_rows(x, reset=False)
-        points, chunk = Points(rows, self.shift_, self.whiten_), chunk_of(rows, self.clusters_)
         clusters, distances = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
-        for part, inputs in points.parts(chunk):
-            near, distance, _ = nearest_two(inputs, self.centres_)
-            clusters[part], distances[part] = near.cpu().numpy(), distance.cpu().numpy()
+
+        def look(part: slice, points: Tensor) -> None:
+            near, best = nearest(points, self.centres_)
+            clusters[part] = near.cpu().numpy()
+            distances[part] = (best + squares(points)).clamp(min=0).sqrt().cpu().numpy()
+
+        with threads(rows.device) as spread:
+            points = Points(rows, None, None, self.shift_, self.whiten_, spread)
+            list(points.each(look, chunk_of(rows, self.clusters_)))
         return clusters, distances
 
     def cluster(self, x):
@@ -873,13 +933,10 @@ def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, fl
     return whiten, float(added / len(values))
 
 
-def mean_of(data: Data) -> Tensor:
+def mean_of(points: Points) -> Tensor:
     """Weighted mean (D,) of the rows; small numbers: no cancellation in |c|^2 - 2 x.c."""
-    sums = torch.zeros(data.x.shape[1], dtype=torch.float64, device=data.x.device)
-    chunk = chunk_of(data.x, 16)
-    for x, w in zip(data.x.split(chunk), data.w.split(chunk), strict=True):
-        sums += x.double().T @ w.double()
-    return (sums / total_weight(data.w)).to(data.x.dtype).double()
+    sums = sum(points.each(lambda rows, part: part.double().T @ points.w[rows].double()))
+    return (sums / total_weight(points.w)).to(points.x.dtype).double()
 
 
 def total_weight(w: Tensor) -> float:
