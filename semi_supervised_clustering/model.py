@@ -40,8 +40,8 @@ MEDIAN_STEPS = 20  # of Weiszfeld's iteration, each time the centres move
 ROUNDS = 100  # at most, of clustering and then estimating the covariance
 SAMPLE = 10_000  # rows from which on the starts are tried on a sample
 HELD = 2**20  # numbers of a table that is small enough to keep in the clusters' coordinates
-TABLE = 2**20  # numbers that a thread works on at a time: what its processor's cache holds
-FEW = 1 / 16  # share of the points that move, below which bounds save more than they cost
+TABLE = 2**19  # numbers that a thread works on at a time: what its processor's cache holds
+FEW = 1 / 64  # share of the points that move, below which bounds save more than they cost
 LABELLED = 4096  # labelled points that are moved at a time
 MANY = 256  # labelled points that would gain by a move: from here on all of them move at once
 
@@ -142,15 +142,22 @@ def threads(device: torch.device):
     a thread has part of the rows, and holds no lock of Python's while torch works. The answers keep
     their order, so that sums do not depend on the number of threads.
     """
+    count = torch.get_num_threads()
     if device.type != "cpu":
         yield map
         return
-    torch.empty(2**21)  # once freed, glibc keeps smaller blocks, and their pages, for the next use
-    count = torch.get_num_threads()
+    torch.empty(2**19)  # once freed, glibc keeps smaller blocks, and their pages, for the next use
     torch.set_num_threads(1)
+    options = {"initializer": torch.set_num_threads, "initargs": (1,)}
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield lambda work, parts: (pool.map if min(count, len(parts)) > 1 else map)(work, parts)
+        with ThreadPoolExecutor(max(1, count - 1), **options) as pool:
+
+            def spread(work, parts):
+                futures = [pool.submit(work, part) for part in parts]
+                for future, part in zip(futures, parts, strict=True):  # this thread works, too
+                    yield work(part) if future.cancel() else future.result()
+
+            yield lambda work, parts: (spread if min(count, len(parts)) > 1 else map)(work, parts)
     finally:
         torch.set_num_threads(count)
 
@@ -236,6 +243,13 @@ def nearest(points: Tensor, centres: Tensor, second: bool = False):
     margin -= (best + square + rounding).clamp(min=0).sqrt()
     margin[number >= 2 * clusters] = -float("inf")
     return near, best, margin
+
+
+def places(mask: Tensor) -> Tensor:
+    """Where the mask (n,) is true; numpy is several times as fast as torch."""
+    if mask.device.type != "cpu":
+        return mask.nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def squares(points: Tensor) -> Tensor:
@@ -391,8 +405,7 @@ class Descent:
         if self.settled:
             return 0
         moved = 0
-        parts = slices(len(self.points), self.chunk)
-        for count, gain, loss in self.points.spread(self.look, parts):
+        for count, gain, loss in self.points.spread(self.look, self.late()):
             moved += count
             self.sums += gain
             self.sums -= loss
@@ -402,26 +415,32 @@ class Descent:
         self.settled = True
         return moved
 
-    def look(self, rows: slice) -> tuple:
-        """Step 2 for a part of the points: how many moved, and what `sums` gain and lose."""
-        own, due = self.own[rows], self.due[rows]  # views
+    def late(self) -> list[slice | Tensor]:
+        """The points that have to be looked at again, in parts; all if that is not much more."""
         if self.bounded:
-            path = torch.from_numpy(self.path).to(due)
-            late = (due < path.index_select(0, own)).nonzero()[:, 0]
-            if not len(late):
-                return 0, 0.0, 0.0
-            if 2 * len(late) < len(due):  # else all, which are read faster
-                rows = late + rows.start
-                own, due = own[late], due[late]
+            path = torch.from_numpy(self.path).to(self.due)
+
+            def find(rows: slice) -> Tensor:
+                late = self.due[rows] < path.index_select(0, self.own[rows])
+                return places(late).int() + rows.start
+
+            late = torch.cat(list(self.points.spread(find, slices(len(self.points), 2**18))))
+            if 4 * len(late) < len(self.points):
+                return late.split(self.chunk)
+        return slices(len(self.points), self.chunk)
+
+    def look(self, rows: slice | Tensor) -> tuple:
+        """Step 2 for a part of the points: how many moved, and what `sums` gain and lose."""
         points = self.points.part(rows)
         near, _, *margin = nearest(points, torch.from_numpy(self.centres), self.bounded)
-        change = near != own
-        if self.guided:
+        change = near != self.own[rows]
+        if self.guided or self.bounded:
+            due = self.due[rows]
             change &= due < float("inf")
         if self.bounded:
-            due = torch.where(due < float("inf"), margin[0] + path.index_select(0, near), due)
-            self.due[rows] = due.float()
-        change = change.nonzero()[:, 0]
+            path = torch.from_numpy(self.path).to(points).index_select(0, near)
+            self.due[rows] = torch.where(due < float("inf"), margin[0] + path, due).float()
+        change = places(change)
         if not len(change):
             return 0, 0.0, 0.0
         index = change + rows.start if isinstance(rows, slice) else rows[change]
@@ -638,16 +657,16 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
     def best_start(self, points: Points, generator: torch.Generator) -> Fit:
         """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
         tried = self.draw_sample(points, generator)
-        unit = self.unit_of(points)
+        self.unit_ = self.unit_of(points)
         fits, iterations = [], 0
         for _ in range(1 if self.one_start() else self.n_init):
-            fits.append(self.descend(tried, None, unit, generator))
+            fits.append(self.descend(tried, None, generator))
             iterations += len(fits[-1].history)
         best = min(fits, key=lambda fit: fit.descent.objective())
         if tried is not points:
             start = Start(best.descent.centres, best.whiten)
             del tried, fits, best  # the sample's rows need not stay in memory
-            best = self.descend(points, start, unit, generator)
+            best = self.descend(points, start, generator)
             iterations += len(best.history)
         self.n_iter_total_ = iterations
         return best
@@ -682,9 +701,9 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
 
         return sum(points.each(far)) / total_weight(points.w) or 1.0
 
-    def descend(self, points: Points, start: Start | None, unit: float, generator) -> Fit:
+    def descend(self, points: Points, start: Start | None, generator) -> Fit:
         """From `start`, or from a start of its own, until the objective stops falling."""
-        options = {"alpha": self.alpha, "unit": unit, "plain": self.distance == "plain"}
+        options = {"alpha": self.alpha, "unit": self.unit_, "plain": self.distance == "plain"}
         if self.metric == "pooled":
             return self.descend_pooled(points, start, options, generator)
         if start is None:
@@ -782,10 +801,8 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
 
     def check_labels(self, y, rows: Tensor) -> Tensor:
         """Codes (N,) of the classes, of which `classes_` is made; -1 where unlabelled."""
-        codes = np.full(len(rows), -1, dtype=np.int32)
         if y is None:
-            self.classes_ = np.empty(0, dtype=int)
-            return torch.from_numpy(codes).to(rows.device)
+            y = np.full(len(rows), -1, dtype=np.int8)
         y = column_or_1d(as_array(y), warn=True)
         check_consistent_length(rows, y)
         if y.dtype.kind == "f" and np.isinf(y).any():
@@ -799,7 +816,9 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             check_classification_targets(named)
         if y.dtype == object and len({type(value) for value in named} - {str}) == 0:
             named = named.astype(str)
-        self.classes_, codes[known] = np.unique(named, return_inverse=True)
+        self.classes_, named = np.unique(named, return_inverse=True)
+        codes = np.full(len(rows), -1, np.int8 if len(self.classes_) < 128 else np.int32)
+        codes[known] = named
         return torch.from_numpy(codes).to(rows.device)
 
     def check_settings(self, count: int) -> None:

@@ -64,8 +64,7 @@ def theirs(x: np.ndarray, clusters: int, init, most: int) -> tuple[int, float]:
 def ours(x: np.ndarray, clusters: int, init, most: int, sample: int | None = 10_000):
     options = {"n_init": 1, "tol": 0.0, "max_iter": most, "random_state": 0, "sample": sample}
     model = ClusterThenLabel(clusters, 0.0, init=init, **options).fit(x)
-    variance = float(x.var(axis=0, dtype=np.float64).sum())
-    return model.n_iter_total_, model.history_[-1]["dispersion"] * variance
+    return model.n_iter_total_, model.history_[-1]["dispersion"] * model.unit_
 
 
 def in_turn(fits: dict[str, Callable], repeats: int) -> dict[str, tuple]:
