@@ -18,7 +18,6 @@ s is the number of features, and log det S / s is added to J (Friedman & Rubin 1
 import copy
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -40,7 +39,7 @@ MEDIAN_STEPS = 20  # of Weiszfeld's iteration, each time the centres move
 ROUNDS = 100  # at most, of clustering and then estimating the covariance
 SAMPLE = 10_000  # rows from which on the starts are tried on a sample
 HELD = 2**20  # numbers of a table that is small enough to keep in the clusters' coordinates
-TABLE = 2**19  # numbers that a thread works on at a time: what its processor's cache holds
+TABLE = 2**20  # numbers worked on at a time on a CPU: what its processor's cache holds
 FEW = 1 / 64  # share of the points that move, below which bounds save more than they cost
 LABELLED = 4096  # labelled points that are moved at a time
 MANY = 256  # labelled points that would gain by a move: from here on all of them move at once
@@ -135,29 +134,15 @@ def move_labelled(costs, y, w, own, counts, pull: float) -> np.ndarray:
 
 
 @contextmanager
-def threads(device: torch.device):
-    """A `map` by as many threads as torch has, each of which runs torch's operations alone.
-
-    Torch would split every single operation, which costs more than it brings for small ones. Here
-    a thread has part of the rows, and holds no lock of Python's while torch works. The answers keep
-    their order, so that sums do not depend on the number of threads.
+def one_thread():
+    """Torch's operations by one thread: most here are too small to gain by more, and sums keep
+    their order. Freed memory is kept for the next operation, not taken back page by page.
     """
     count = torch.get_num_threads()
-    if device.type != "cpu":
-        yield map
-        return
-    torch.empty(2**19)  # once freed, glibc keeps smaller blocks, and their pages, for the next use
     torch.set_num_threads(1)
-    options = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    torch.empty(2**19)  # glibc keeps blocks smaller than the largest that was freed
     try:
-        with ThreadPoolExecutor(max(1, count - 1), **options) as pool:
-
-            def spread(work, parts):
-                futures = [pool.submit(work, part) for part in parts]
-                for future, part in zip(futures, parts, strict=True):  # this thread works, too
-                    yield work(part) if future.cancel() else future.result()
-
-            yield lambda work, parts: (spread if min(count, len(parts)) > 1 else map)(work, parts)
+        yield
     finally:
         torch.set_num_threads(count)
 
@@ -172,12 +157,11 @@ class Points:
     """Rows x (N, D), codes y (N,) of their classes or -1, and weights w (N,).
 
     Seen in the coordinates (x - shift) @ whiten, which are made when they are asked for, so that a
-    table needs no second copy in memory, and may lie in a file (numpy.memmap). `spread` is a map.
+    table needs no second copy in memory, and may lie in a file (numpy.memmap).
     """
 
-    def __init__(self, x: Tensor, y, w, shift: Tensor, whiten: Tensor | None = None, spread=map):
-        self.x, self.y, self.w, self.spread = x, y, w, spread
-        self.shift = shift.to(x)
+    def __init__(self, x: Tensor, y, w, shift: Tensor, whiten: Tensor | None = None):
+        self.x, self.y, self.w, self.shift = x, y, w, shift.to(x)
         self.whiten = None if whiten is None else whiten.to(x)
         self.held = self.seen(x) if x.numel() <= HELD else None
 
@@ -194,13 +178,13 @@ class Points:
         of = of[rows] if isinstance(rows, slice) else of.index_select(0, rows)
         return self.seen(of) if self.held is None else of
 
-    def each(self, work, size: int = 0):
-        """Answers of work(rows, part) for all points, a slice `rows` at a time, in their order."""
-        rows = slices(len(self), size or chunk_of(self.x, 16))
-        return self.spread(lambda rows: work(rows, self.part(rows)), rows)
+    def parts(self, size: int = 0):
+        """Pairs of a slice and its points."""
+        for rows in slices(len(self), size or chunk_of(self.x, 16)):
+            yield rows, self.part(rows)
 
     def seen_by(self, shift: Tensor, whiten: Tensor | None = None) -> "Points":
-        return Points(self.x, self.y, self.w, shift, whiten, self.spread)
+        return Points(self.x, self.y, self.w, shift, whiten)
 
     def labelled(self, code: int) -> Tensor:
         return (self.y == code).nonzero()[:, 0]
@@ -284,18 +268,14 @@ def geometric_medians(points: Points, own: Tensor, centres: np.ndarray, chunk: i
     Weiszfeld's iteration in the form of Vardi & Zhang 2000, which never raises the sum of distances
     and does not stick to a data point: where the centre is one, that point holds it back.
     """
-
-    def pulls(rows: slice, part: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        gap, w = part.double() - at[own[rows]], points.w[rows]
-        distance = gap.norm(dim=1)
-        weight = torch.where(distance > 0, w / distance, 0)
-        return np.stack(
-            [cluster_sums(gap, by, own[rows], len(at)) for by in (weight, w * (distance == 0))]
-        )
-
     for _ in range(MEDIAN_STEPS):
-        at = torch.from_numpy(centres).to(points.x.device)
-        pull, here = sum(points.each(pulls, chunk))
+        at, pull, here = torch.from_numpy(centres).to(points.x.device), 0, 0
+        for rows, part in points.parts(chunk):
+            gap, w = part.double() - at[own[rows]], points.w[rows]
+            distance = gap.norm(dim=1)
+            weight = torch.where(distance > 0, w / distance, 0)
+            pull = pull + cluster_sums(gap, weight, own[rows], len(at))
+            here = here + cluster_sums(gap, w * (distance == 0), own[rows], len(at))
         pull, weights, here = pull[:, :-1], pull[:, -1:], here[:, -1:]
         tiny = np.finfo(centres.dtype).tiny
         strength = np.linalg.norm(pull, axis=1, keepdims=True)
@@ -313,11 +293,9 @@ def extend_start(points: Points, centres: Tensor, clusters: int, generator) -> T
     distance, w = points.x.new_full((len(points),), float("inf")), points.w
 
     def come_near(centre: Tensor) -> None:
-        def take(rows: slice, part: Tensor) -> None:
+        for rows, part in points.parts():
             each = (part - centre).square().sum(1)
             distance[rows] = torch.minimum(distance[rows], each)
-
-        list(points.each(take))
 
     for centre in centres:
         come_near(centre)
@@ -369,18 +347,12 @@ class Descent:
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
         self.sums, self.square_sum = np.zeros((clusters, features + 1)), 0.0
-        centres = torch.from_numpy(self.centres)
-
-        def add(rows: slice, part: Tensor) -> tuple[np.ndarray, float]:
+        for rows, part in self.points.parts(self.chunk):
             if first:
-                self.own[rows] = nearest(part, centres)[0]
-            own, w = self.own[rows], self.points.w[rows]
-            square = float((part.square().sum(1) * w).sum(dtype=torch.float64))
-            return cluster_sums(part, w, own, clusters), square
-
-        for sums, square in self.points.each(add, self.chunk):
-            self.sums += sums
-            self.square_sum += square
+                self.own[rows] = nearest(part, torch.from_numpy(self.centres))[0]
+            w = self.points.w[rows]
+            self.sums += cluster_sums(part, w, self.own[rows], clusters)
+            self.square_sum += float((part.square().sum(1) * w).sum(dtype=torch.float64))
         self.weight, self.counts = total_weight(self.points.w), self.count()
         self.settled = first  # whether the nearest centres of all points are known
 
@@ -393,22 +365,20 @@ class Descent:
         shape = (len(self.centres), int(self.y.max(initial=0)) + 1)
         return count_labels(own, self.y, self.w_labelled, shape)
 
-    def move(self, index: Tensor, points: Tensor, to: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Put points (n, D), `index` (n,), into clusters `to` (n,); what `sums` gain and lose."""
-        w, old = self.points.w[index], self.own[index]
+    def move(self, index: Tensor, points: Tensor, to: Tensor) -> None:
+        """Put the points `index` (n,), (n, D) into other clusters, `to` (n,)."""
+        w, old, clusters = self.points.w[index], self.own[index], len(self.centres)
+        self.sums += cluster_sums(points, w, to, clusters)
+        self.sums -= cluster_sums(points, w, old, clusters)
         self.own[index] = to.int()
-        gain, loss = (cluster_sums(points, w, own, len(self.centres)) for own in (to, old))
-        return gain, loss
 
     def assign(self) -> int:
         """Step 2: points that step 3 does not move go to the nearest centre; how many moved."""
         if self.settled:
             return 0
         moved = 0
-        for count, gain, loss in self.points.spread(self.look, self.late()):
-            moved += count
-            self.sums += gain
-            self.sums -= loss
+        for rows in self.late():
+            moved += self.look(rows)
         if moved and not self.guided and len(self.labelled):
             self.counts = self.count()
         self.bounded |= moved < FEW * len(self.points) and len(self.points) > self.chunk
@@ -418,19 +388,17 @@ class Descent:
     def late(self) -> list[slice | Tensor]:
         """The points that have to be looked at again, in parts; all if that is not much more."""
         if self.bounded:
-            path = torch.from_numpy(self.path).to(self.due)
-
-            def find(rows: slice) -> Tensor:
-                late = self.due[rows] < path.index_select(0, self.own[rows])
-                return places(late).int() + rows.start
-
-            late = torch.cat(list(self.points.spread(find, slices(len(self.points), 2**18))))
+            path, late = torch.from_numpy(self.path).to(self.due), []
+            for rows in slices(len(self.points), 2**18):
+                mask = self.due[rows] < path.index_select(0, self.own[rows])
+                late.append(places(mask).int() + rows.start)
+            late = torch.cat(late)
             if 4 * len(late) < len(self.points):
                 return late.split(self.chunk)
         return slices(len(self.points), self.chunk)
 
-    def look(self, rows: slice | Tensor) -> tuple:
-        """Step 2 for a part of the points: how many moved, and what `sums` gain and lose."""
+    def look(self, rows: slice | Tensor) -> int:
+        """Step 2 for some of the points: how many moved."""
         points = self.points.part(rows)
         near, _, *margin = nearest(points, torch.from_numpy(self.centres), self.bounded)
         change = near != self.own[rows]
@@ -441,10 +409,10 @@ class Descent:
             path = torch.from_numpy(self.path).to(points).index_select(0, near)
             self.due[rows] = torch.where(due < float("inf"), margin[0] + path, due).float()
         change = places(change)
-        if not len(change):
-            return 0, 0.0, 0.0
-        index = change + rows.start if isinstance(rows, slice) else rows[change]
-        return len(change), *self.move(index, points.index_select(0, change), near[change])
+        if len(change):
+            index = change + rows.start if isinstance(rows, slice) else rows[change]
+            self.move(index, points.index_select(0, change), near[change])
+        return len(change)
 
     def move_labelled(self) -> int:
         """Step 3: labelled points go where the whole objective is lower; how many moved."""
@@ -461,9 +429,7 @@ class Descent:
             if len(change):
                 change = torch.from_numpy(change).to(index)
                 to = torch.from_numpy(to).to(index.device)
-                gain, loss = self.move(index[change], points[change], to[change])
-                self.sums += gain
-                self.sums -= loss
+                self.move(index[change], points[change], to[change])
                 self.counts = self.count()
                 moved += len(change)
         return moved
@@ -513,8 +479,7 @@ class Descent:
             members[int(self.own[farthest])] -= 1
             members[cluster] += 1
             point, to = self.points.part(farthest), torch.full_like(farthest, int(cluster))
-            gain, loss = self.move(farthest, point, to)
-            self.sums += gain - loss
+            self.move(farthest, point, to)
             if self.due[farthest] < float("inf"):
                 self.due[farthest] = -float("inf")
             self.centres = self.centres.copy()
@@ -524,13 +489,11 @@ class Descent:
 
     def distances(self) -> Tensor:
         """Distance (N,) of each point from its own centre, squared or plain."""
-        centres = torch.from_numpy(self.centres).to(self.own.device)
-
-        def gaps(rows: slice, part: Tensor) -> Tensor:
-            square = (part.double() - centres[self.own[rows]]).square().sum(1)
-            return square.sqrt() if self.plain else square
-
-        return torch.cat(list(self.points.each(gaps, self.chunk)))
+        parts, centres = [], torch.from_numpy(self.centres).to(self.own.device)
+        for rows, points in self.points.parts(self.chunk):
+            square = (points.double() - centres[self.own[rows]]).square().sum(1)
+            parts.append(square.sqrt() if self.plain else square)
+        return torch.cat(parts)
 
     def dispersion(self) -> float:
         """The first term of equation 1, divided by W."""
@@ -645,8 +608,8 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         self.check_settings(len(rows))
         generator = torch.Generator()
         generator.manual_seed(int(check_random_state(self.random_state).randint(2**31)))
-        with threads(rows.device) as spread:
-            points = Points(rows, y, w.to(rows.device), torch.zeros(rows.shape[1]), None, spread)
+        with one_thread():
+            points = Points(rows, y, w.to(rows.device), torch.zeros(rows.shape[1]))
             self.shift_ = mean_of(points)
             best = self.best_start(points.seen_by(self.shift_), generator)
             self.keep(best, x)
@@ -687,19 +650,18 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         index = taken.nonzero()[:, 0]
         w, y = points.w[index], points.y[index]
         w = torch.where(y >= 0, w * shares[0], w * shares[1])
-        return Points(points.x[index], y, w, points.shift, None, points.spread)
+        return Points(points.x[index], y, w, points.shift)
 
     def unit_of(self, points: Points) -> float:
         """s of equation 1."""
         if self.metric == "pooled":
             return float(points.x.shape[1])
-
-        def far(rows: slice, part: Tensor) -> float:
+        sum_of = 0.0
+        for rows, part in points.parts():
             square = part.square().sum(1)
             each = square.sqrt() if self.distance == "plain" else square
-            return float((each * points.w[rows]).sum(dtype=torch.float64))
-
-        return sum(points.each(far)) / total_weight(points.w) or 1.0
+            sum_of += float((each * points.w[rows]).sum(dtype=torch.float64))
+        return sum_of / total_weight(points.w) or 1.0
 
     def descend(self, points: Points, start: Start | None, generator) -> Fit:
         """From `start`, or from a start of its own, until the objective stops falling."""
@@ -745,12 +707,11 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
 
     def scatter(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """Covariance of all points (D, D), and the diagonal matrix that is added to S."""
-
-        def square(rows: slice, part: Tensor) -> np.ndarray:
-            weighted = part * points.w[rows, None].to(part)
-            return (part.T @ weighted).double().cpu().numpy()
-
-        covariance = sum(points.each(square)) / total_weight(points.w)
+        covariance = 0
+        for rows, part in points.parts():
+            square = part.T @ (part * points.w[rows, None].to(part))
+            covariance = covariance + square.double().cpu().numpy()
+        covariance = covariance / total_weight(points.w)
         variances = np.diag(covariance)
         prior = self.shrinkage * np.where(variances > 0, variances, 1)
         return covariance, np.diag(prior)
@@ -903,15 +864,12 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         check_is_fitted(self)
         rows = self.check_rows(x, reset=False)
         clusters, distances = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
-
-        def look(part: slice, points: Tensor) -> None:
-            near, best = nearest(points, self.centres_)
-            clusters[part] = near.cpu().numpy()
-            distances[part] = (best + squares(points)).clamp(min=0).sqrt().cpu().numpy()
-
-        with threads(rows.device) as spread:
-            points = Points(rows, None, None, self.shift_, self.whiten_, spread)
-            list(points.each(look, chunk_of(rows, self.clusters_)))
+        points = Points(rows, None, None, self.shift_, self.whiten_)
+        with one_thread():
+            for part, inputs in points.parts(chunk_of(rows, self.clusters_)):
+                near, best = nearest(inputs, self.centres_)
+                distance = (best + squares(inputs)).clamp(min=0).sqrt()
+                clusters[part], distances[part] = near.cpu().numpy(), distance.cpu().numpy()
         return clusters, distances
 
     def cluster(self, x):
@@ -954,7 +912,7 @@ def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, fl
 
 def mean_of(points: Points) -> Tensor:
     """Weighted mean (D,) of the rows; small numbers: no cancellation in |c|^2 - 2 x.c."""
-    sums = sum(points.each(lambda rows, part: part.double().T @ points.w[rows].double()))
+    sums = sum(part.double().T @ points.w[rows].double() for rows, part in points.parts())
     return (sums / total_weight(points.w)).to(points.x.dtype).double()
 
 
