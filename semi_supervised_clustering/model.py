@@ -39,7 +39,7 @@ MEDIAN_STEPS = 20  # of Weiszfeld's iteration, each time the centres move
 ROUNDS = 100  # at most, of clustering and then estimating the covariance
 SAMPLE = 10_000  # rows from which on the starts are tried on a sample
 HELD = 2**20  # numbers of a table that is small enough to keep in the clusters' coordinates
-TABLE = 2**20  # numbers worked on at a time on a CPU: what its processor's cache holds
+TABLE = 2**19  # numbers worked on at a time on a CPU: what its processor's cache holds
 FEW = 1 / 64  # share of the points that move, below which bounds save more than they cost
 LABELLED = 4096  # labelled points that are moved at a time
 MANY = 256  # labelled points that would gain by a move: from here on all of them move at once
@@ -248,6 +248,10 @@ def cluster_sums(points: Tensor, w: Tensor, own: Tensor, clusters: int) -> np.nd
         rows = torch.cat((points, ones), 1).double() * w[:, None]
         sums = rows.new_zeros(clusters, rows.shape[1])
         return sums.index_add_(0, own, rows).cpu().numpy()
+    few = max(512, TABLE // 8 // points.shape[1])
+    if len(own) > few:  # float64 takes more memory
+        pieces = slices(len(own), few)
+        return sum(cluster_sums(points[i], w[i], own[i], clusters) for i in pieces)
     weights, numbers = w.double().numpy(), own.numpy()
     if len(own) * clusters <= 2**14:
         member = (np.arange(clusters)[:, None] == numbers) * weights
@@ -912,7 +916,8 @@ def whitening(covariance: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, fl
 
 def mean_of(points: Points) -> Tensor:
     """Weighted mean (D,) of the rows; small numbers: no cancellation in |c|^2 - 2 x.c."""
-    sums = sum(part.double().T @ points.w[rows].double() for rows, part in points.parts())
+    few = max(512, TABLE // 8 // points.x.shape[1])
+    sums = sum(part.double().T @ points.w[rows].double() for rows, part in points.parts(few))
     return (sums / total_weight(points.w)).to(points.x.dtype).double()
 
 
