@@ -19,7 +19,7 @@ import copy
 import sys
 import warnings
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,8 +61,9 @@ def join_change(labelled, squares, same, weight=1.0):
     point's class. A point that leaves lowers (2) by as much as joining what it leaves behind would
     raise it.
     """
-    after = squares + weight * (2 * same + weight)
-    return weight + squares / np.where(labelled > 0, labelled, 1) - after / (labelled + weight)
+    after, total = squares + weight * (2 * same + weight), labelled + weight
+    before = squares / np.where(labelled > 0, labelled, 1)
+    return weight + before - after / np.where(total > 0, total, 1)
 
 
 def tangent(counts: np.ndarray) -> np.ndarray:
@@ -330,8 +331,9 @@ class Descent:
     at. Labelled points, which step 3 moves, are never due.
     """
 
-    def __init__(self, points, centres, *, alpha, unit, constant=0.0, plain=False, own=None):
+    def __init__(self, points, centres, alpha, unit, *, constant=0.0, plain=False, own=None):
         self.points, self.plain, self.own = points, plain, own
+        self.history, self.whiten = [], None  # the latter only where the estimator has set it
         self.alpha, self.unit, self.constant = alpha, unit, constant
         self.labelled = (points.y >= 0).nonzero()[:, 0]
         self.y = points.y[self.labelled].cpu().numpy()
@@ -528,7 +530,7 @@ class Descent:
 
     def run(self, max_iter: int, tol: float) -> list[dict]:
         """Steps 2 to 4 until the objective stops falling; a row per iteration."""
-        history = []
+        history = self.history
         while len(history) < max_iter:
             history.append(self.iterate())
             before, after = history[-1]["before"], history[-1]["after_centres"]
@@ -536,21 +538,6 @@ class Descent:
                 break
         self.assign()  # so that labels_ of unlabelled points are the nearest centres, as later
         return history
-
-
-class Start(NamedTuple):
-    """Centres (K, D) in the coordinates x @ whiten."""
-
-    centres: np.ndarray
-    whiten: np.ndarray | None
-
-
-class Fit(NamedTuple):
-    """A descent that has ended: its points' coordinates are (x - shift) @ whiten."""
-
-    descent: Descent
-    history: list[dict]
-    whiten: np.ndarray | None
 
 
 # --- the estimator ----------------------------------------------------------------------------
@@ -588,12 +575,8 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         sample: int | None = SAMPLE,
         random_state: int | np.random.RandomState | None = None,
     ):
-        self.n_clusters, self.alpha, self.metric, self.distance = (
-            n_clusters,
-            alpha,
-            metric,
-            distance,
-        )
+        self.n_clusters, self.alpha = n_clusters, alpha
+        self.metric, self.distance = metric, distance
         self.init, self.n_init, self.max_iter, self.tol = init, n_init, max_iter, tol
         self.shrinkage, self.sample, self.random_state = shrinkage, sample, random_state
 
@@ -621,21 +604,19 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
 
     # what is fitted
 
-    def best_start(self, points: Points, generator: torch.Generator) -> Fit:
+    def best_start(self, points: Points, generator: torch.Generator) -> Descent:
         """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
         tried = self.draw_sample(points, generator)
         self.unit_ = self.unit_of(points)
-        fits, iterations = [], 0
-        for _ in range(1 if self.one_start() else self.n_init):
-            fits.append(self.descend(tried, None, generator))
-            iterations += len(fits[-1].history)
-        best = min(fits, key=lambda fit: fit.descent.objective())
+        starts = 1 if self.one_start() else self.n_init
+        fits = [self.descend(tried, None, generator) for _ in range(starts)]
+        self.n_iter_total_ = sum(len(fit.history) for fit in fits)
+        best = min(fits, key=Descent.objective)
         if tried is not points:
-            start = Start(best.descent.centres, best.whiten)
+            start = best.centres, best.whiten
             del tried, fits, best  # the sample's rows need not stay in memory
             best = self.descend(points, start, generator)
-            iterations += len(best.history)
-        self.n_iter_total_ = iterations
+            self.n_iter_total_ += len(best.history)
         return best
 
     def draw_sample(self, points: Points, generator: torch.Generator) -> Points:
@@ -667,19 +648,16 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             sum_of += float((each * points.w[rows]).sum(dtype=torch.float64))
         return sum_of / total_weight(points.w) or 1.0
 
-    def descend(self, points: Points, start: Start | None, generator) -> Fit:
-        """From `start`, or from a start of its own, until the objective stops falling."""
-        options = {"alpha": self.alpha, "unit": self.unit_, "plain": self.distance == "plain"}
+    def descend(self, points: Points, start: tuple | None, generator) -> Descent:
+        """Until the objective stops falling, from centres and coordinates `start` or its own."""
         if self.metric == "pooled":
-            return self.descend_pooled(points, start, options, generator)
-        if start is None:
-            centres = self.start(points, generator)
-        else:
-            centres = torch.from_numpy(start.centres)
-        descent = Descent(points, centres, **options)
-        return Fit(descent, descent.run(self.max_iter, self.tol), None)
+            return self.descend_pooled(points, start, generator)
+        centres = self.start(points, generator) if start is None else torch.from_numpy(start[0])
+        descent = Descent(points, centres, self.alpha, self.unit_, plain=self.distance == "plain")
+        descent.run(self.max_iter, self.tol)
+        return descent
 
-    def descend_pooled(self, points: Points, start: Start | None, options: dict, generator) -> Fit:
+    def descend_pooled(self, points: Points, start: tuple | None, generator) -> Descent:
         """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
 
         With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
@@ -690,24 +668,26 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             covariance = self.labelled_covariance(points, scatter) + prior
             centres = own = None
         else:
-            covariance = np.linalg.inv(start.whiten @ start.whiten.T)
-            centres, own = start.centres @ np.linalg.inv(start.whiten), None
+            covariance = np.linalg.inv(start[1] @ start[1].T)
+            centres, own = start[0] @ np.linalg.inv(start[1]), None
         history, previous = [], np.inf
         for _ in range(ROUNDS):
             whiten, constant = whitening(covariance, prior)
             seen = points.seen_by(self.shift_, torch.from_numpy(whiten))
-            if centres is None:
-                at = self.start(seen, generator)
-            else:
-                at = torch.from_numpy(centres @ whiten)
-            descent = Descent(seen, at, own=own, constant=constant, **options)
+            at = (
+                self.start(seen, generator)
+                if centres is None
+                else torch.from_numpy(centres @ whiten)
+            )
+            descent = Descent(seen, at, self.alpha, self.unit_, constant=constant, own=own)
             history += descent.run(self.max_iter, self.tol)
             objective, own = descent.objective(), descent.own
             if not previous - objective > max(self.tol, 1e-9) or len(history) >= self.max_iter:
                 break
             previous, centres = objective, descent.centres @ np.linalg.inv(whiten)
             covariance = scatter - (centres.T * descent.sizes) @ centres / descent.weight + prior
-        return Fit(descent, history, whiten)
+        descent.history, descent.whiten = history, whiten
+        return descent
 
     def scatter(self, points: Points) -> tuple[np.ndarray, np.ndarray]:
         """Covariance of all points (D, D), and the diagonal matrix that is added to S."""
@@ -748,6 +728,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
             for label in np.argsort(-sizes, kind="stable")[: self.clusters_]:
                 index = members[label]
                 w = points.w[index].to(centres)
+                w = w if sizes[label] > 0 else torch.ones_like(w)
                 mean = (points.part(index) * w[:, None]).sum(0) / w.sum()
                 centres = torch.cat((centres, mean[None]))
         return extend_start(points, centres, self.clusters_, generator)
@@ -802,18 +783,19 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         if self.metric == "pooled" and self.distance == "plain":
             raise ValueError("distance: with metric pooled only squared is possible")
         shape = (self.clusters_, self.n_features_in_)
-        if not isinstance(self.init, str) and tuple(np.shape(as_array(self.init))) != shape:
-            raise ValueError(f"init: expected {shape} centres")
+        if not isinstance(self.init, str):
+            init = np.asarray(as_array(self.init))
+            if init.shape != shape or not np.isfinite(init).all():
+                raise ValueError(f"init: expected {shape} centres, all of them finite")
 
-    def keep(self, fit: Fit, x) -> None:
-        descent, like = fit.descent, x if isinstance(x, Tensor) else None
+    def keep(self, descent: Descent, x) -> None:
+        like, whiten = x if isinstance(x, Tensor) else None, descent.whiten
         self.objective_, self.impurity_ = descent.objective(), descent.impurity()
-        self.history_, self.n_iter_ = fit.history, len(fit.history)  # of the best start
-        self.whiten_ = None if fit.whiten is None else torch.from_numpy(fit.whiten)
+        self.history_, self.n_iter_ = descent.history, len(descent.history)  # of the best start
+        self.whiten_ = None if whiten is None else torch.from_numpy(whiten)
         self.shift_ = self.shift_.cpu()
         self.centres_ = torch.from_numpy(descent.centres)  # in the clusters' coordinates
-        centres = descent.centres
-        centres = centres if fit.whiten is None else centres @ np.linalg.inv(fit.whiten)
+        centres = descent.centres if whiten is None else descent.centres @ np.linalg.inv(whiten)
         centres = (centres + self.shift_.cpu().numpy()).astype(descent.points.x.numpy().dtype)
         self.cluster_centers_ = give(centres, like)
         self.labels_ = give(descent.own.cpu().numpy(), like)

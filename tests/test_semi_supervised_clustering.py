@@ -18,6 +18,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from semi_supervised_clustering import data, model
 from semi_supervised_clustering.model import (
@@ -122,6 +123,40 @@ def test_points_that_are_not_looked_at_are_nearest_to_their_centre(seed, monkeyp
         steps.move_labelled()
         steps.update_centres()
     assert sum(looked) < 0.7 * 25 * len(x)  # and most are not looked at
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 7, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearest_is_the_first_of_the_least_distances(clusters, dtype):
+    points = torch.from_numpy(np.random.default_rng(clusters).integers(-3, 4, (500, 3))).to(dtype)
+    centres = points[:clusters].double()  # some of them the same, and many points half-way
+    exact = (points.double()[:, None] - centres).square().sum(2)
+    first = (exact == exact.min(1, keepdim=True).values).int().max(1).indices
+    near, best = nearest(points, centres)
+    assert torch.equal(near.long(), first)
+    assert torch.equal(best + points.square().sum(1), exact.min(1).values.to(dtype))
+    again, _, margin = nearest(points, centres, True)
+    assert torch.equal(again, near)
+    two = exact.sqrt().sort(1).values
+    if clusters == 1:
+        assert margin.min() > 1e9
+        return
+    gap = two[:, 1] - two[:, 0]
+    assert (margin <= gap).all()
+    assert (margin[gap > 0.1] > gap[gap > 0.1].clamp(max=9) - 0.01).all()
+
+
+def test_bounds_are_kept_only_once_few_points_move(monkeypatch):
+    """They cost as much as the rest of the pass, and save nothing while most points are late."""
+    x, y, _ = problem(1, n=4000, d=2, labelled=0)
+    steps, passes = descent(x, y, x[:9], alpha=0.0), []
+    steps.chunk = 1000
+    monkeypatch.setattr(model, "nearest", lambda *given: passes.append(given[2]) or nearest(*given))
+    moved = [steps.iterate()["assigned"] / len(x) for _ in range(40)]
+    few = next(i for i, share in enumerate(moved[1:], 1) if share < model.FEW)
+    assert few > 2
+    assert passes == [False] * 4 * few + [True] * (len(passes) - 4 * few)
+    assert any(passes)
 
 
 def test_nearest_centre_step_leaves_labelled_points_alone():
@@ -415,6 +450,55 @@ def test_a_table_in_a_file_gives_the_same_and_is_not_copied(tmp_path):
     assert (mapped.predict(rows) == held.predict(x.float().numpy())).all()
 
 
+def test_threads_are_not_used_and_given_back(monkeypatch):
+    x, y, _ = problem(4, n=20_000, labelled=0.01)
+    x, seen, fits = x.float(), [], []
+
+    def look(*given):
+        seen.append(torch.get_num_threads())
+        return nearest(*given)
+
+    monkeypatch.setattr(model, "nearest", look)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            fits.append(ClusterThenLabel(6, random_state=3, metric="pooled").fit(x, y))
+            fits[-1].predict(x)
+            assert torch.get_num_threads() == count
+        monkeypatch.setattr(model, "extend_start", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fits[0].fit(x, y)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen) == {1}
+    assert fits[0].history_ == fits[1].history_
+    assert torch.equal(fits[0].labels_, fits[1].labels_)
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "pooled"}, {"distance": "plain"}])
+def test_no_second_copy_of_the_table_is_made(options, monkeypatch):
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given=(), named=None):
+            nonlocal largest
+            made = operation(*given, **(named or {}))
+            unused = operation is torch.ops.aten.empty.memory_format  # see one_thread
+            if isinstance(made, torch.Tensor) and not (operation.is_view or unused):
+                largest = max(largest, made.untyped_storage().nbytes())
+            return made
+
+    x, y, _ = problem(4, n=20_000, d=16, labelled=0.01)
+    monkeypatch.setattr(model, "TABLE", 2**14)
+    monkeypatch.setattr(model, "HELD", 0)
+    ours = ClusterThenLabel(6, random_state=0, n_init=1, max_iter=9, sample=1000, **options)
+    x, y = x.float().numpy(), y.numpy()
+    with Watch():
+        ours.fit(x, y).predict(x)
+    assert largest <= x.nbytes / 7  # the sample, or a number in float64 for each row
+
+
 def test_chunks_do_not_change_the_result(monkeypatch):
     x, y, _ = problem(4, n=1500)
     monkeypatch.setattr(model, "HELD", 0)
@@ -524,6 +608,13 @@ def test_predictions_are_class_shares_and_labels_agree_with_predict():
     _, distance = ours.nearest(x)
     expected = torch.cdist(x, ours.cluster_centers_).min(1).values
     np.testing.assert_allclose(distance, expected, rtol=1e-5)
+
+
+def test_a_class_without_weight_starts_at_its_mean():
+    x, y = torch.tensor([[0.0], [1], [10], [12]]), torch.tensor([0, 0, 1, 1])
+    ours = ClusterThenLabel(2, n_init=1).fit(x, y, sample_weight=torch.tensor([1.0, 1, 0, 0]))
+    assert ours.history_[0]["labelled_moved"] == ours.history_[0]["assigned"] == 0
+    assert ours.labels_.tolist() == [0, 0, 1, 1]
 
 
 def test_starts_and_seeds():
