@@ -796,8 +796,8 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         self.shift_ = self.shift_.cpu()
         self.centres_ = torch.from_numpy(descent.centres)  # in the clusters' coordinates
         centres = descent.centres if whiten is None else descent.centres @ np.linalg.inv(whiten)
-        centres = (centres + self.shift_.cpu().numpy()).astype(descent.points.x.numpy().dtype)
-        self.cluster_centers_ = give(centres, like)
+        centres = torch.from_numpy(centres + self.shift_.numpy()).to(descent.points.x.dtype)
+        self.cluster_centers_ = give(centres.numpy(), like)
         self.labels_ = give(descent.own.cpu().numpy(), like)
         self.label_clusters(descent.counts, descent.centres)
 
