@@ -110,7 +110,7 @@ def test_points_that_are_not_looked_at_are_nearest_to_their_centre(seed, monkeyp
     x, y, _ = problem(seed, n=2000, d=2 + seed, labelled=0.1)
     x = x.float() if seed % 2 else x
     steps = descent(x, y, x[:7], alpha=0.5)
-    steps.chunk, looked = 300, []
+    steps.chunk, steps.bounded, looked = 300, True, []
     monkeypatch.setattr(
         model, "nearest", lambda points, *_: looked.append(len(points)) or nearest(points, *_)
     )
