@@ -203,7 +203,7 @@ def squared_costs(points: Tensor, centres: Tensor) -> Tensor:
     return torch.addmm(centres.square().sum(1)[:, None], centres, points.T, alpha=-2)
 
 
-def nearest(points: Tensor, centres: Tensor, second: bool = False):
+def nearest_centre(points: Tensor, centres: Tensor, second: bool = False):
     """The nearest of the centres (K, D) of points (n, D), and its squared distance less |x|^2.
 
     With `second` also by how much the second is farther at least, less than 0 where rounding may
@@ -355,7 +355,7 @@ class Descent:
         self.sums, self.square_sum = np.zeros((clusters, features + 1)), 0.0
         for rows, part in self.points.parts(self.chunk):
             if first:
-                self.own[rows] = nearest(part, torch.from_numpy(self.centres))[0]
+                self.own[rows] = nearest_centre(part, torch.from_numpy(self.centres))[0]
             w = self.points.w[rows]
             self.sums += cluster_sums(part, w, self.own[rows], clusters)
             self.square_sum += float((part.square().sum(1) * w).sum(dtype=torch.float64))
@@ -406,7 +406,7 @@ class Descent:
     def look(self, rows: slice | Tensor) -> int:
         """Step 2 for some of the points: how many moved."""
         points = self.points.part(rows)
-        near, _, *margin = nearest(points, torch.from_numpy(self.centres), self.bounded)
+        near, _, *margin = nearest_centre(points, torch.from_numpy(self.centres), self.bounded)
         change = near != self.own[rows]
         if self.guided or self.bounded:
             due = self.due[rows]
@@ -853,7 +853,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         points = Points(rows, None, None, self.shift_, self.whiten_)
         with one_thread():
             for part, inputs in points.parts(chunk_of(rows, self.clusters_)):
-                near, best = nearest(inputs, self.centres_)
+                near, best = nearest_centre(inputs, self.centres_)
                 distance = (best + squares(inputs)).clamp(min=0).sqrt()
                 clusters[part], distances[part] = near.cpu().numpy(), distance.cpu().numpy()
         return clusters, distances

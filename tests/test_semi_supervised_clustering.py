@@ -28,7 +28,7 @@ from semi_supervised_clustering.model import (
     geometric_medians,
     join_change,
     move_labelled,
-    nearest,
+    nearest_centre,
     tangent,
     weighted_gini,
 )
@@ -112,7 +112,9 @@ def test_points_that_are_not_looked_at_are_nearest_to_their_centre(seed, monkeyp
     steps = descent(x, y, x[:7], alpha=0.5)
     steps.chunk, steps.bounded, looked = 300, True, []
     monkeypatch.setattr(
-        model, "nearest", lambda points, *_: looked.append(len(points)) or nearest(points, *_)
+        model,
+        "nearest_centre",
+        lambda points, *_: looked.append(len(points)) or nearest_centre(points, *_),
     )
     for _ in range(25):
         steps.assign()
@@ -132,10 +134,10 @@ def test_nearest_is_the_first_of_the_least_distances(clusters, dtype):
     centres = points[:clusters].double()  # some of them the same, and many points half-way
     exact = (points.double()[:, None] - centres).square().sum(2)
     first = (exact == exact.min(1, keepdim=True).values).int().max(1).indices
-    near, best = nearest(points, centres)
+    near, best = nearest_centre(points, centres)
     assert torch.equal(near.long(), first)
     assert torch.equal(best + points.square().sum(1), exact.min(1).values.to(dtype))
-    again, _, margin = nearest(points, centres, True)
+    again, _, margin = nearest_centre(points, centres, True)
     assert torch.equal(again, near)
     two = exact.sqrt().sort(1).values
     if clusters == 1:
@@ -151,7 +153,9 @@ def test_bounds_are_kept_only_once_few_points_move(monkeypatch):
     x, y, _ = problem(1, n=4000, d=2, labelled=0)
     steps, passes = descent(x, y, x[:9], alpha=0.0), []
     steps.chunk = 1000
-    monkeypatch.setattr(model, "nearest", lambda *given: passes.append(given[2]) or nearest(*given))
+    monkeypatch.setattr(
+        model, "nearest_centre", lambda *given: passes.append(given[2]) or nearest_centre(*given)
+    )
     moved = [steps.iterate()["assigned"] / len(x) for _ in range(40)]
     few = next(i for i, share in enumerate(moved[1:], 1) if share < model.FEW)
     assert few > 2
@@ -456,9 +460,9 @@ def test_threads_are_not_used_and_given_back(monkeypatch):
 
     def look(*given):
         seen.append(torch.get_num_threads())
-        return nearest(*given)
+        return nearest_centre(*given)
 
-    monkeypatch.setattr(model, "nearest", look)
+    monkeypatch.setattr(model, "nearest_centre", look)
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
