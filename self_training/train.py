@@ -1,20 +1,19 @@
 """Self-training: a network labels the pictures of which it is sure, learns from them, and stops.
 
 Round 0 trains on the few labelled pictures. Every further round labels the pool with the averaged
-network, takes the pictures of which it is sure, and trains on, with these, strongly augmented, and
-the labelled ones. The round whose labels changed least is kept.
+network of the round before, with a threshold for each class, and trains on these pictures, strongly
+augmented, together with the labelled ones. The round whose labels changed least is kept.
 
 Run it with `python self_training/train.py`, or with `--labels_per_class 1`.
 """
 
-import copy
 import csv
 import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
@@ -59,14 +58,14 @@ from data import (
 from model import (
     NONE,
     SKLEARN,
-    Labels,
     LiveLabels,
+    PseudoLabels,
     SmallCNN,
     averaged,
     best_round,
     by_confidence,
     calibrated_probs,
-    drawn_labels,
+    confident_labels,
     fit_temperature,
     label_quality,
     next_labels,
@@ -108,6 +107,7 @@ class Config:
     strong: Strength
     weak: Strength
     ema: Annotated[float, ">= 0", "< 1"]
+    restart: bool
     balanced: bool
     stop: Literal["agreement", "validation"]
     patience: Count
@@ -144,19 +144,25 @@ class Arm(NamedTuple):
     images: Images  # with labels
 
 
-class Learner(NamedTuple):
+class Networks(NamedTuple):
     """What learns, and what it learns from."""
 
     student: nn.Module
     teacher: AveragedModel  # the student's mean over the last steps: labels, and is tested
     live: LiveLabels  # of every_step
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
+class Labels(NamedTuple):
+    """What a round's teacher says of the pool (N,)."""
+
+    predicted: Tensor  # its class; NONE where it did not look
+    given: PseudoLabels  # those that the next round learns
 
 
 class Outcome(NamedTuple):
     rows: list[dict]  # of history.csv, from round 0 on
     kept: dict[str, int]  # the round that each way to stop keeps
+    reason: str  # why no further round followed
 
 
 def main() -> None:
@@ -223,48 +229,64 @@ def add_images(first: Images, second: Images) -> Images:
 def self_train(trial: Trial, arm: Arm) -> Outcome:
     """All rounds of one arm; a file for each in weights/ holds its teacher and its labels."""
     config, stage = trial.config, f"{arm.name}-seed{trial.config.seed}"
-    learner = new_learner(trial, config.steps if arm.how == "plain" else all_steps(config))
-    parts = learner._asdict()
-    fresh = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    networks = new_networks(trial)
+    fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
+    parts = {"model": networks.teacher, "student": networks.student}
+    optimizer, schedule = one_cycle_adamw(networks.student, config, all_steps(config))
+    if arm.how == "every_step":  # one schedule over all rounds
+        parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
     best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
     how = {"patience": config.patience, "first": 0, "best": None if arm.how == "once" else best}
-    rounds = 0 if arm.how == "once" else config.rounds
-    for row in epochs(trial.run, stage, parts, rounds, config.seed, keep="teacher", **how):
+    reason, rounds = "", 0 if arm.how == "once" else config.rounds
+    for row in epochs(trial.run, stage, parts, rounds, config.seed, **how):
         number = row["epoch"]
-        if arm.how == "plain":  # every round from the same weights
-            for name, part in parts.items():
-                part.load_state_dict(fresh[name])
+        if number and nothing_new(trial, arm, number):
+            reason = "nothing to add"
+            break
+        if arm.how == "plain" or config.restart:
+            networks.student.load_state_dict(fresh)
+        if arm.how in ("plain", "rounds"):
+            optimizer, schedule = one_cycle_adamw(networks.student, config, config.steps)
+            networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
         seed_everything(config.seed, "round", number)  # the same for all arms
-        row |= train_round(trial, arm, number, learner)
-        row |= end_round(trial, arm, number, learner.teacher.module)
+        row |= train_round(trial, arm, number, networks, optimizer, schedule)
+        row |= end_round(trial, arm, number, networks.teacher.module)
     rows = read_rows(trial.run, stage)
-    return Outcome(rows, kept_rounds(rows))
+    return Outcome(rows, kept_rounds(rows), reason or end_reason(rows, config))
 
 
-def new_network(trial: Trial) -> nn.Module:
+def new_networks(trial: Trial) -> Networks:
     """The same initial weights whenever it is called for the same repeat."""
-    config, pool = trial.config, trial.splits.pool
+    config, device = trial.config, trial.splits.pool.device
     seed_everything(config.seed, "weights")
-    model = SmallCNN(channels=pool.shape[1], width=config.width, classes=trial.classes)
-    return model.to(pool.device)
-
-
-def new_learner(trial: Trial, steps: int) -> Learner:
-    """An untrained network, and a schedule of so many steps."""
-    config, student = trial.config, new_network(trial)
-    live = LiveLabels(trial.classes, balanced=config.balanced).to(trial.splits.pool.device)
-    optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-    return Learner(student, averaged(student, config.ema), live, optimizer, schedule)
+    channels = trial.splits.pool.shape[1]
+    student = SmallCNN(channels=channels, width=config.width, classes=trial.classes).to(device)
+    live = LiveLabels(trial.classes, balanced=config.balanced).to(device)
+    return Networks(student, averaged(student, config.ema), live)
 
 
 def all_steps(config: Config) -> int:
     return config.steps * (config.rounds + 1)
 
 
-def train_round(trial: Trial, arm: Arm, number: int, learner: Learner) -> dict:
+def one_cycle_adamw(
+    model: nn.Module, config: Config, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+    return optimizer, schedule
+
+
+def train_round(
+    trial: Trial,
+    arm: Arm,
+    number: int,
+    networks: Networks,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> dict:
     """Mean loss per step over one round's steps. Raises FloatingPointError if it is not finite."""
-    config, (student, teacher, live, optimizer, schedule) = trial.config, learner
+    config, (student, teacher, live) = trial.config, networks
     drawn = round_batches(trial, arm, number)
     steps = all_steps(config) if arm.how == "once" else config.steps
     label, losses = f"{arm.name} round {number}", []
@@ -298,7 +320,7 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
     if arm.how == "every_step":  # the labels are not read
         pseudo = Images(pool, torch.full((len(pool),), NONE, device=pool.device))
     elif number:
-        label = read_round(trial, arm.name, number - 1).label
+        label = read_round(trial, arm.name, number - 1).given.label
         pseudo = Images(pool[label != NONE], label[label != NONE])
     if arm.how == "plain":  # as if they had been labelled
         images, pseudo = add_images(images, pseudo), Images(pool[:0], pseudo.y[:0])
@@ -311,6 +333,15 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
     return ((*first, *second) for first, second in zip(own, other, strict=True))
 
 
+def nothing_new(trial: Trial, arm: Arm, number: int) -> bool:
+    """Whether round `number` would learn the labels that the round before it has learned."""
+    if arm.how == "every_step":
+        return False
+    new = read_round(trial, arm.name, number - 1).given.label
+    old = read_round(trial, arm.name, number - 2).given.label if number > 1 else None
+    return not (new != NONE).any() if old is None else torch.equal(new, old)
+
+
 @torch.no_grad()
 def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
     """The round's numbers without any test picture; its file in weights/ is written."""
@@ -321,14 +352,14 @@ def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
         row["val_loss"] = float(F.cross_entropy(logits.double() / temperature, val.y))
         row["val_accuracy"] = accuracy(logits, val.y)
     row["temperature"] = temperature
-    labels = no_labels(len(trial.splits.pool), trial.splits.pool.device)
+    labels = Labels(torch.full_like(trial.splits.hidden, NONE), none_given(trial))
     if arm.how != "once":
         before = read_round(trial, arm.name, number - 1) if number else labels
         labels = label_pool(trial, arm, number, before, model, temperature)
         row["changed"] = share_changed(before.predicted, labels.predicted)
-        row["pseudo_labels"] = int((labels.label != NONE).sum())
-    state = {"model": model.state_dict()} | labels._asdict()
-    save(round_file(trial, arm.name, number), state)
+        row |= changes(before.given, labels.given)
+    state = {"model": model.state_dict(), "predicted": labels.predicted}
+    save(round_file(trial, arm.name, number), state | labels.given._asdict())
     return row
 
 
@@ -341,17 +372,20 @@ def label_pool(
     pool. `plain` chooses among all of them, at the calibrated temperature.
     """
     config, pool = trial.config, trial.splits.pool
+    predicted = torch.full_like(before.predicted, NONE)
     if arm.how == "plain":
-        return choose_plain(trial, before, calibrated_probs(predict(model, pool), temperature))
+        probs = calibrated_probs(predict(model, pool), temperature)
+        return Labels(probs.argmax(1), choose_plain(trial, before.given, probs))
+    seed_everything(config.seed, "pool", number)
     seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
     probs = calibrated_probs(predict(model, pool[seen]), 1.0)
-    labels = no_labels(len(pool), pool.device)
-    for part, found in zip(labels, drawn_labels(probs, balanced=config.balanced), strict=True):
-        part[seen] = found
-    return labels
+    predicted[seen] = probs.argmax(1)
+    chosen, given = confident_labels(probs, balanced=config.balanced), none_given(trial)
+    given.label[seen], given.confidence[seen] = chosen.label, chosen.confidence
+    return Labels(predicted, given)
 
 
-def choose_plain(trial: Trial, before: Labels, probs: Tensor) -> Labels:
+def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLabels:
     """next_labels by the settings."""
     config, share = trial.config, trial.config.add_per_round
     return next_labels(
@@ -363,6 +397,20 @@ def choose_plain(trial: Trial, before: Labels, probs: Tensor) -> Labels:
         balanced=config.balanced,
         revise=config.revise,
     )
+
+
+def changes(before: PseudoLabels, after: PseudoLabels) -> dict:
+    """How many pseudo-labels there are, and how many a round added and withdrew."""
+    was, now = before.label != NONE, after.label != NONE
+    return {
+        "pseudo_labels": int(now.sum()),
+        "added": int((now & ~was).sum()),
+        "withdrawn": int((was & ~now).sum()),
+    }
+
+
+def none_given(trial: Trial) -> PseudoLabels:
+    return no_labels(len(trial.splits.pool), trial.splits.pool.device)
 
 
 def kept_rounds(rows: list[dict]) -> dict[str, int]:
@@ -382,19 +430,25 @@ def stop_of(name: str, config: Config) -> str:
     return "agreement" if name == "method_val" else "last"
 
 
+def end_reason(rows: list[dict], config: Config) -> str:
+    done = len(rows) - 1
+    return f"all {done} rounds done" if done == config.rounds else f"{config.stop}: no better round"
+
+
 def round_file(trial: Trial, name: str, number: int) -> Path:
     return trial.run / "weights" / f"{name}-seed{trial.config.seed}-round{number}.pt"
 
 
 def read_round(trial: Trial, name: str, number: int) -> Labels:
     """The labels that the round's teacher gave."""
-    state = read_torch(round_file(trial, name, number))
-    return Labels(*(state[part].to(trial.splits.pool.device) for part in Labels._fields))
+    state, device = read_torch(round_file(trial, name, number)), trial.splits.pool.device
+    label, confidence = state["label"].to(device), state["confidence"].to(device)
+    return Labels(state["predicted"].to(device), PseudoLabels(label, confidence))
 
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
     """The round's teacher."""
-    model = new_network(trial)
+    model = new_networks(trial).student
     model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
     return model
 
@@ -421,10 +475,15 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     config, splits = trial.config, trial.splits
     parts = {"labelled": splits.labelled.x, "validation": splits.val.x}
     parts |= {"pool": splits.pool, "test": splits.test.x}
-    report = {"sizes": {name: len(part) for name, part in parts.items()}, "arms": {}}
-    for name, (rows, kept) in outcomes.items():
-        rounds = [judge_round(trial, name, row) for row in rows]
-        report["arms"][name] = {"rounds": rounds, "kept": kept}
+    report = {"sizes": {name: len(part) for name, part in parts.items()}}
+    report["arms"] = {
+        name: {
+            "rounds": [judge_round(trial, name, row) for row in outcome.rows],
+            "kept": outcome.kept,
+            "reason": outcome.reason,
+        }
+        for name, outcome in outcomes.items()
+    }
     if config.compare:
         report["sklearn"] = evaluate_sklearn(trial, "supervised", splits.labelled)
         if config.val_per_class:
@@ -435,7 +494,7 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
 
 def judge_round(trial: Trial, name: str, row: dict) -> dict:
     splits, number = trial.splits, row["epoch"]
-    labels = read_round(trial, name, number).label
+    labels = read_round(trial, name, number).given.label
     left_out = ("stage", "epoch", "train_loss")
     numbers = {"round": number} | {key: x for key, x in row.items() if key not in left_out}
     logits = predict(read_model(trial, name, number), splits.test.x)
@@ -476,6 +535,9 @@ def summarise(repeats: list[dict], config: Config) -> dict:
             metrics[key] = {
                 name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
             }
+    rounds = [arm["rounds"] for report in repeats for arm in report["arms"].values()]
+    seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
+    metrics["seconds_per_round"] = median(seconds) if seconds else None
     return metrics
 
 
@@ -495,6 +557,7 @@ def summarise_arm(trials: list[dict], stop: str) -> dict:
         "kept_by": by_stop,
         "pseudo_label_accuracy": summary_of_seeds(right) if right else None,
         "best_round": best,
+        "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
 
@@ -506,14 +569,20 @@ def summary_of_seeds(values: list[float]) -> dict:
 
 def headline(metrics: dict, config: Config) -> dict:
     """Means over the repeats; of scikit-learn's classifiers the best on the test pictures."""
-    arms, names = metrics["arms"], {"self_training": config.method, "supervised": "supervised"}
-    names |= {"oracle": "oracle", "self_training_val": "method_val"}
-    numbers = {key: arms[arm]["test_accuracy"]["mean"] for key, arm in names.items() if arm in arms}
-    for key in [key for key in ("sklearn", "sklearn_val") if key in metrics]:
-        numbers[key] = max(score["mean"] for score in metrics[key].values())
+    arms = metrics["arms"]
+    numbers = {"self_training_accuracy": arms[config.method]["test_accuracy"]["mean"]}
+    names = {"supervised_accuracy": "supervised", "oracle_accuracy": "oracle"}
+    names |= {"self_training_val_accuracy": "method_val"}
+    numbers |= {
+        key: arms[arm]["test_accuracy"]["mean"] for key, arm in names.items() if arm in arms
+    }
+    for key in ("sklearn", "sklearn_val"):
+        if key in metrics:
+            best = max(score["mean"] for score in metrics[key].values())
+            numbers[f"{key}_accuracy"] = best
     if right := arms[config.method]["pseudo_label_accuracy"]:  # none where nothing is known
-        numbers["pseudo_label"] = right["mean"]
-    return {f"{key}_accuracy": number for key, number in numbers.items()}
+        numbers["pseudo_label_accuracy"] = right["mean"]
+    return numbers
 
 
 def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) -> None:
@@ -534,7 +603,7 @@ def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) 
 def surest(trial: Trial, name: str, number: int, *, only_wrong: bool) -> dict:
     """Pictures, labels, truths and confidences of a round's 16 surest pseudo-labels."""
     splits = trial.splits
-    _, label, confidence = read_round(trial, name, number)
+    label, confidence = read_round(trial, name, number).given
     wrong = (label != splits.hidden) & (splits.hidden != UNKNOWN)
     wanted = wrong if only_wrong else torch.ones_like(wrong)
     order = by_confidence(confidence, trial.fingerprints)

@@ -1,6 +1,5 @@
 """Self-training: labels against brute force, the experiment's wiring, and whole tiny runs."""
 
-import copy
 import csv
 import json
 import math
@@ -36,7 +35,8 @@ from self_training.model import (
     balance,
     best_round,
     calibrated_probs,
-    drawn_labels,
+    class_thresholds,
+    confident_labels,
     fit_temperature,
     label_quality,
     next_labels,
@@ -44,7 +44,6 @@ from self_training.model import (
     rank_in_class,
     share_changed,
     sklearn_accuracy,
-    soft_weights,
 )
 from self_training.plots import plot_arms, plot_examples, plot_quality
 
@@ -214,43 +213,25 @@ def test_temperature_stays_within_bounds_where_all_is_right_or_all_is_wrong():
     assert fit_temperature(logits, torch.tensor([1, 2, 0])) == pytest.approx(5.0)
 
 
-# --- labels by confidence ---------------------------------------------------------------------
+# --- thresholds by class ----------------------------------------------------------------------
 
 
-def weights_by_hand(confidences: list[float], mean: float, variance: float) -> list[float]:
-    """SoftMatch's truncated Gaussian, one picture at a time."""
-    return [
-        1.0 if c >= mean else math.exp(-((c - mean) ** 2) / (2 * variance)) for c in confidences
-    ]
-
-
-def test_weights_are_those_of_the_paper():
-    confidence = random_probs(50, 4).max(1).values
-    mean = sum(confidence.tolist()) / 50
-    variance = sum((c - mean) ** 2 for c in confidence.tolist()) / 50
-    wanted = weights_by_hand(confidence.tolist(), mean, variance)
-    found = soft_weights(confidence, confidence.mean(), confidence.var(correction=0))
+def test_thresholds_are_those_of_the_paper():
+    """FreeMatch's equation 8 in plain loops, and by hand."""
+    probs = random_probs(50, 4)
+    global_threshold = sum(max(row) for row in probs.tolist()) / 50
+    means = [sum(row[c] for row in probs.tolist()) / 50 for c in range(4)]
+    wanted = [mean / max(means) * global_threshold for mean in means]
+    found = class_thresholds(probs.mean(0), probs.max(1).values.mean())
     assert found.tolist() == pytest.approx(wanted, abs=1e-12)
-    assert min(wanted) < 0.5 and sum(w == 1 for w in wanted) > 10
-    same = torch.full((3,), 0.7)  # no variance: a threshold, and no division by zero
-    assert soft_weights(same, same.mean(), same.var(correction=0)).tolist() == [1, 1, 1]
-
-
-def test_labels_are_drawn_with_their_weights_as_probability():
-    """Over many draws each picture is taken as often as its weight says, with its own class."""
-    probs, torch_seed, times = random_probs(60, 4), 0, 400
-    confidence = probs.max(1).values
-    weight = soft_weights(confidence, confidence.mean(), confidence.var(correction=0))
-    torch.manual_seed(torch_seed)
-    draws = [drawn_labels(probs, balanced=False) for _ in range(times)]
-    for predicted, label, sure in draws[:3]:
-        assert torch.equal(predicted, probs.argmax(1))
-        given = label != NONE
-        assert torch.equal(label[given], probs.argmax(1)[given])
-        assert torch.equal(sure, torch.where(given, confidence, 0.0))
-    share = torch.stack([label != NONE for _, label, _ in draws]).double().mean(0)
-    assert (share[weight == 1] == 1).all()
-    assert ((share - weight).abs() < 4.5 * (weight * (1 - weight) / times).sqrt() + 1e-3).all()
+    given = confident_labels(probs, balanced=False)
+    for row, label, confidence in zip(
+        probs.tolist(), *map(torch.Tensor.tolist, given), strict=True
+    ):
+        best = row.index(max(row))
+        assert label == (best if max(row) >= wanted[best] else NONE)
+        assert confidence == (max(row) if label != NONE else 0)
+    assert 5 < (given.label == NONE).sum() < 45
 
 
 def test_balancing_evens_the_classes_and_keeps_the_order_within_one():
@@ -266,31 +247,27 @@ def test_balancing_evens_the_classes_and_keeps_the_order_within_one():
         loop = torch.stack([loop[:, c] / loop[:, c].mean() for c in range(3)], 1)
         loop = torch.stack([row / row.sum() for row in loop])
     assert torch.allclose(balance(probs), loop, atol=1e-12)
-    labels = []
-    for given, balanced in ((probs, True), (loop, False)):
-        torch.manual_seed(0)
-        labels.append(drawn_labels(given, balanced=balanced).label)
-    assert torch.equal(*labels)
-    share = [float((labels[0] == c).double().mean()) for c in range(3)]
+    labels = confident_labels(probs, balanced=True).label
+    assert torch.equal(labels, confident_labels(loop, balanced=False).label)
+    share = [float((labels == c).double().mean()) for c in range(3)]
     assert min(share) > 0.15
 
 
 def test_live_labels_follow_the_running_means():
     live = LiveLabels(3, balanced=True, momentum=0.8)
-    predicted, mean, variance = torch.full((3,), 1 / 3), 1 / 3, 1.0
+    predicted, means, confidence = torch.full((3,), 1 / 3), torch.full((3,), 1 / 3), 1 / 3
     for number in range(4):
         probs = random_probs(20, 3, number).float()
         label, weight = live(probs)
         predicted = 0.8 * predicted + 0.2 * probs.mean(0)
         even = torch.stack([row / predicted / (row / predicted).sum() for row in probs])
-        confidence = even.max(1).values.tolist()
-        now = sum(confidence) / 20
-        mean = 0.8 * mean + 0.2 * now
-        variance = 0.8 * variance + 0.2 * sum((c - now) ** 2 for c in confidence) / 20
+        means = 0.8 * means + 0.2 * even.mean(0)
+        confidence = 0.8 * confidence + 0.2 * float(even.max(1).values.mean())
+        wanted = means / means.max() * confidence
         assert torch.equal(label, even.argmax(1))
-        wanted = weights_by_hand(confidence, mean, variance)
-        assert weight.tolist() == pytest.approx(wanted, abs=1e-5)
-    assert 0 < sum(w == 1 for w in wanted) < 20
+        sure = even.max(1).values >= wanted[label]
+        assert torch.equal(weight, sure)
+    assert 0 < weight.sum() < 20
 
 
 def test_the_teacher_is_the_mean_of_weights_and_of_statistics():
@@ -591,7 +568,7 @@ def outputs(trial: object) -> dict[str, dict]:
     found = {"sklearn": {"test": report["sklearn"]}, "sklearn_val": {"test": report["sklearn_val"]}}
     for name, outcome in outcomes.items():
         rows = report["arms"][name]["rounds"]
-        labels = [PROJECT.train.read_round(trial, name, n).label for n in range(len(rows))]
+        labels = [PROJECT.train.read_round(trial, name, n).given.label for n in range(len(rows))]
         models = [PROJECT.train.read_model(trial, name, n).state_dict() for n in range(len(rows))]
         state = [torch.cat([x.double().flatten() for x in m.values()]).tolist() for m in models]
         val = ("val_loss", "val_accuracy", "temperature")
@@ -712,79 +689,93 @@ def adamw(parts: dict, grads: dict, state: dict, step: int, total: int, config: 
         part.data = part.data * (1 - lr * config.weight_decay) - lr * corrected / root
 
 
-@pytest.mark.parametrize("name", ["supervised", "plain", "rounds", "every_step"])
-def test_the_steps_by_hand(tmp_path, monkeypatch, name):
-    """Batches, loss, gradient, optimizer, schedule and teacher of all rounds."""
+@pytest.mark.parametrize(
+    ("name", "restart"),
+    [
+        ("supervised", False),
+        ("plain", False),  # restarts all the same
+        ("rounds", False),
+        ("rounds", True),
+        ("every_step", False),
+    ],
+)
+def test_the_steps_by_hand(tmp_path, monkeypatch, name, restart):
+    """Batches, loss, gradient, optimizer, schedule and teacher of the last round (every_step: the
+    first).
+    """
     monkeypatch.setattr(PROJECT.train, "LiveLabels", partial(LiveLabels, momentum=0.3))
-    trial = new_trial(tmp_path, steps=4, ema=0.8)
+    trial = new_trial(tmp_path, steps=4, ema=0.8, restart=restart)
     (arm,) = (arm for arm in PROJECT.train.arms_of(trial) if arm.name == name)
     PROJECT.train.self_train(trial, arm)
-    last, learned = 0 if name == "supervised" else 2, []
+    last = 2 if name in ("plain", "rounds") else 0
+    steps = 12 if name == "supervised" else 4
+    total = 12 if name in ("supervised", "every_step") else 4  # of the schedule
     for number in range(last + 1):
-        if number == 0 or name == "plain":  # which begins anew in every round
-            learner, state, done = PROJECT.train.new_learner(trial, 2), {}, 0
-            teacher = {key: x.double() for key, x in learner.student.state_dict().items()}
-        images, pool, steps, total = batches_by_hand(trial, arm, number)
-        PROJECT.run.seed_everything(trial.config.seed, "round", number)
-        sizes = (6, 10) if pool else (16,)
-        streams = [
-            training_batches(part, size, steps)
-            for part, size in zip((images, pool), sizes, strict=False)
-        ]
-        for batch in zip(*streams, strict=True):
-            loss = loss_by_hand(trial, arm, learner, teacher, batch, learned)
-            parts = dict(learner.student.named_parameters())
-            grads = dict(zip(parts, torch.autograd.grad(loss, parts.values()), strict=True))
-            adamw(parts, grads, state, done, total, trial.config)
-            decay = 0.8 if done else 0.0
-            teacher = {
-                key: decay * teacher[key] + (1 - decay) * x.double()
-                for key, x in learner.student.state_dict().items()
-            }
-            done += 1
+        if number == 0 or restart or name == "plain":
+            networks = PROJECT.train.new_networks(trial)
+            student = networks.student
+        student, teacher = replay(trial, arm, number, student, networks.live, steps, total)
     found = PROJECT.train.read_model(trial, name, last).state_dict()
     for key, x in teacher.items():
-        if found[key].is_floating_point():
+        if x.is_floating_point():
             assert torch.allclose(found[key].double(), x, atol=1e-4), key
-    assert name != "every_step" or 0.01 < min(learned) < 0.9  # a wrong weight would be seen
 
 
-def batches_by_hand(trial, arm, number) -> tuple:
-    """Labelled pictures, pseudo-labelled ones, steps of the round, and of the schedule."""
-    splits, images = trial.splits, trial.splits.labelled
-    if arm.how == "once":
-        return images, None, 12, 12
-    if arm.how == "every_step":
-        return images, Images(splits.pool, torch.zeros(len(splits.pool)).long()), 4, 12
-    if number == 0:
-        return images, None, 4, 4 if arm.how == "plain" else 12
-    label = PROJECT.train.read_round(trial, arm.name, number - 1).label
-    pseudo = Images(splits.pool[label != NONE], label[label != NONE])
+def replay(trial, arm, number, student, live, steps, total) -> tuple:
+    """The network after a round, and the mean of its states, by the formulas."""
+    config, splits, state = trial.config, trial.splits, {}
+    label = torch.full((len(splits.pool),), NONE)
+    if number:
+        label = PROJECT.train.read_round(trial, arm.name, number - 1).given.label
+    given, images, pool = label != NONE, splits.labelled, None
     if arm.how == "plain":
-        return Images(*map(torch.cat, zip(images, pseudo, strict=True))), None, 4, 4
-    return images, pseudo, 4, 12
-
-
-def loss_by_hand(trial, arm, learner, teacher, batch, learned) -> torch.Tensor:
-    """The loss of one step; the teacher is given by its state. Adds the weights to `learned`."""
-    config, student, ((x, y), *other) = trial.config, learner.student, batch
+        x, y = torch.cat((images.x, splits.pool[given])), torch.cat((images.y, label[given]))
+        images = Images(x, y)
+    elif arm.how == "rounds" and number:
+        pool = Images(splits.pool[given], label[given])
+    elif arm.how == "every_step":
+        pool = Images(splits.pool, label)
+    labeller = SmallCNN(channels=1, width=2, classes=3).eval()
+    PROJECT.run.seed_everything(config.seed, "round", number)
+    sizes = (6, 10) if pool else (16,)
+    streams = [
+        training_batches(part, size, steps)
+        for part, size in zip((images, pool), sizes, strict=False)
+    ]
+    teacher, learned = {key: x.clone().double() for key, x in student.state_dict().items()}, []
     student.train()
-    if not other:
-        logits = student(augment(x, config.augment, mirror=False))
-        return -logits.log_softmax(1).gather(1, y[:, None]).mean()
-    ((u, wanted),), weight = other, torch.ones(len(other[0][0]))
-    if arm.how == "every_step":
-        labeller = copy.deepcopy(student).eval()
-        labeller.load_state_dict(teacher)
-        weak = augment(u, config.weak, mirror=False, geometry_only=True)
-        with torch.no_grad():
-            wanted, weight = learner.live(labeller(weak).softmax(1))
-    learned += weight.tolist()
-    u = augment(u, config.strong, mirror=False)
-    logits = student(torch.cat((augment(x, config.augment, mirror=False), u)))
-    chosen = logits[len(x) :].log_softmax(1).gather(1, wanted[:, None])[:, 0]
-    own = -logits[: len(x)].log_softmax(1).gather(1, y[:, None]).mean()
-    return own - (weight * chosen).sum() / len(u)
+    for step, batch in enumerate(zip(*streams, strict=True)):
+        (x, y), *other = batch
+        losses = []
+        if other:
+            ((u, wanted),) = other
+            weight = torch.ones(len(u))
+            if arm.how == "every_step":
+                labeller.load_state_dict(teacher)
+                weak = augment(u, config.weak, mirror=False, geometry_only=True)
+                with torch.no_grad():
+                    wanted, weight = live(labeller(weak).softmax(1))
+            learned += weight.tolist()
+            u = augment(u, config.strong, mirror=False)
+            x = augment(x, config.augment, mirror=False)
+            logits = student(torch.cat((x, u)))
+            chosen = logits[len(x) :].log_softmax(1).gather(1, wanted[:, None])[:, 0]
+            losses.append(-(weight * chosen).sum() / len(u))
+        else:
+            x = augment(x, config.augment, mirror=False)
+            logits = student(x)
+        losses.append(-logits[: len(x)].log_softmax(1).gather(1, y[:, None]).mean())
+        parts = dict(student.named_parameters())
+        grads = dict(zip(parts, torch.autograd.grad(sum(losses), parts.values()), strict=True))
+        adamw(parts, grads, state, step, total, config)
+        now = student.state_dict()
+        decay = 0.8 if step else 0.0
+        teacher = {
+            key: decay * teacher[key] + (1 - decay) * x.double() if x.is_floating_point() else x
+            for key, x in now.items()
+        }
+    assert arm.how != "every_step" or 0.1 < np.mean(learned) < 0.9  # some labels do not count
+    return student, teacher
 
 
 def test_a_round_looks_at_no_more_pictures_than_it_can_learn(tmp_path):
@@ -804,7 +795,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
     outcome = PROJECT.train.self_train(trial, arm)
     rows = [row | {"temperature": 0.5 + n / 5} for n, row in enumerate(outcome.rows)]
     outcome = outcome._replace(rows=rows, kept={"last": 2, "agreement": 1, "validation": 0})
-    said = PROJECT.train.read_round(trial, "rounds", 1).label.clamp(min=0)
+    said = PROJECT.train.read_round(trial, "rounds", 1).given.label.clamp(min=0)
     half = torch.where(torch.arange(len(said)) % 2 == 0, said, (said + 1) % trial.classes)
     source, trial = made_source(), trial._replace(splits=trial.splits._replace(hidden=half))
     PROJECT.train.save_model(source, trial, outcome)
@@ -830,7 +821,7 @@ def test_the_kept_round_is_what_is_saved_written_and_shown(tmp_path, monkeypatch
     first, mistakes, number, *_ = shown["plot_examples"]
     splits = trial.splits
     for items, place in ((first, 0), (mistakes, 1)):
-        given = PROJECT.train.read_round(trial, "rounds", place)
+        given = PROJECT.train.read_round(trial, "rounds", place).given
         wrong = (given.label != NONE) & (given.label != splits.hidden)
         chosen = wrong if place else given.label != NONE
         wanted = given.confidence[chosen].sort(descending=True).values[:16]
@@ -878,8 +869,8 @@ def test_scikit_learn_gets_the_same_labels_and_the_right_features(tmp_path, monk
 def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch, on):
     changes = {"balanced": on, "revise": on, "threshold": 0.4, "add_per_round": 7}
     changes |= {"pool_batch_size": 20}  # a round looks at the whole pool
-    trial, calls = new_trial(tmp_path, **changes), {"next_labels": [], "drawn_labels": []}
-    assert PROJECT.train.new_learner(trial, 2).live.balanced == on
+    trial, calls = new_trial(tmp_path, **changes), {"next_labels": [], "confident_labels": []}
+    assert PROJECT.train.new_networks(trial).live.balanced == on
 
     def watch(name: str, real: object) -> None:
         def keep(*parts: object, **how: object) -> object:
@@ -889,10 +880,10 @@ def test_settings_reach_the_choice_of_labels(tmp_path, monkeypatch, on):
         monkeypatch.setattr(PROJECT.train, name, keep)
 
     watch("next_labels", PROJECT.train.next_labels)
-    watch("drawn_labels", PROJECT.train.drawn_labels)
+    watch("confident_labels", PROJECT.train.confident_labels)
     for arm in PROJECT.train.arms_of(trial)[1:3]:
         outcome = PROJECT.train.self_train(trial, arm)
-        (parts, how), *_ = calls["next_labels" if arm.name == "plain" else "drawn_labels"]
+        (parts, how), *_ = calls["next_labels" if arm.name == "plain" else "confident_labels"]
         model = PROJECT.train.read_model(trial, arm.name, 0)
         logits = PROJECT.train.predict(model, trial.splits.pool)
         if arm.name == "plain":  # the validation labels calibrate its choice
@@ -913,6 +904,7 @@ def test_patience_ends_an_arm(tmp_path, monkeypatch):
     (arm,) = PROJECT.train.arms_of(trial)
     outcome = PROJECT.train.self_train(trial, arm)
     assert len(outcome.rows) == 4 and outcome.kept["agreement"] == 1
+    assert outcome.reason == "agreement: no better round"
 
 
 def test_all_arms_take_the_same_number_of_steps(tmp_path, monkeypatch):
@@ -936,9 +928,9 @@ def test_each_repeat_has_a_split_and_weights_of_its_own(tmp_path):
     trials = [new_trial(tmp_path / str(n), seed=n) for n in (0, 1)]
     first, second = (trial.splits for trial in trials)
     assert not torch.equal(first.pool, second.pool)
-    weights = [PROJECT.train.new_network(trial).state_dict() for trial in trials]
+    weights = [PROJECT.train.new_networks(trial).student.state_dict() for trial in trials]
     assert not torch.equal(weights[0]["layers.0.weight"], weights[1]["layers.0.weight"])
-    again = PROJECT.train.new_network(trials[0]).state_dict()
+    again = PROJECT.train.new_networks(trials[0]).student.state_dict()
     assert torch.equal(again["layers.0.weight"], weights[0]["layers.0.weight"])
 
 
@@ -957,7 +949,7 @@ def made_repeat(offset: float) -> dict:
             for n in range(4)
         ]
         kept = {"last": 3, "agreement": 2, "validation": 1}
-        arms[name] = {"rounds": rounds, "kept": kept}
+        arms[name] = {"rounds": rounds, "kept": kept, "reason": "x"}
     scores = {"spreading k=7, pixels": 0.31 + offset, "logistic C=1, features": 0.3 + offset}
     sizes = {"labelled": 12, "validation": 15, "pool": 9, "test": 9}
     return {
@@ -1018,6 +1010,7 @@ def report_of(folder: Path) -> dict:
 
 def without_seconds(folder: Path) -> tuple:
     metrics = report_of(folder)["metrics"]
+    del metrics["seconds_per_round"]
     for arm in metrics["arms"].values():
         for rows in arm["rounds"]:
             for row in rows:
@@ -1028,7 +1021,7 @@ def without_seconds(folder: Path) -> tuple:
     return metrics, table
 
 
-@pytest.mark.parametrize("checkpoints", [2, 6, 9])  # within plain, rounds and every_step
+@pytest.mark.parametrize("checkpoints", [2, 9])  # in plain, and in the middle of every_step
 def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, run, checkpoints):
     train_until("self_training", checkpoints, *TINY, "--out_dir", tmp_path)
     (folder,) = tmp_path.iterdir()
