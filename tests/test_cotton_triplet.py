@@ -1166,7 +1166,7 @@ def test_imagenet_weights_go_into_the_trunk(monkeypatch, tmp_path, no_pictures):
 
 def test_speed_counts_the_pictures_that_a_step_has(monkeypatch):
     """60 classes a batch, of which there are 3, are 3."""
-    monkeypatch.setattr(trainer, "time_step", lambda *_: (1.0, 0.1))
+    monkeypatch.setattr(trainer, "mining_seconds", lambda *_: 0.1)
     found, rows = made_data((24, 6, 6)), [{"train_seconds": 2.0}]
     speeds = []
     for classes in (3, 60):
