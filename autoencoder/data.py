@@ -589,6 +589,7 @@ def batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def outputs_of(part: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    """What `part` gives for all images (N, ...), from them (n, 3, 32, 32) in [0, 1] in parts."""
     return torch.cat([part(x) for x, _ in batches(images)])
 
 
