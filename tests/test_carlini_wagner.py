@@ -474,6 +474,34 @@ def test_rounding_follows_the_margin_from_far_off(times):
     assert (distance(found.x, x0) < 1.03 * least(0.0)).all()
 
 
+def test_three_roundings_by_hand():
+    """Slopes added to the fractions, the norm moved; from a success and a failure."""
+    network, x0, least = half_space(count=1)
+    x0 = to_8bit(x0)
+    goal = Goal(torch.ones(1, dtype=torch.long))
+    towards = network.a / network.a.norm()
+    for times in (1.5, 0.95, 0.3):
+        start = x0 + times * least(0.0) * (towards + 0.3 * towards.flip(2))
+        seen = model.round_off(network, x0, goal, start, steps=3).trace[:, 2]
+        norm, difference, x = 1.15 * distance(start, x0), start - x0, to_8bit(start)
+        closest = math.inf
+        for step in range(3):
+            torch.testing.assert_close(seen[step], distance(x, x0), rtol=1e-4, atol=0)
+            lead = network(x)[0, 1] - model.SLACK * network(x0)[0].diff().abs()
+            rise = (network.a * (x - x0)).sum() / distance(x, x0)
+            off = 1.001 * lead / rise / norm
+            change = 0.001 + (0.03 - 0.001) * (1 + math.cos(math.pi * step / 3)) / 2
+            factor = 1 - (off / 4).clamp(change, 0.3) if lead > 0 else 1 + (-off).clamp(0.01, 0.3)
+            if lead > 0:
+                closest = min(closest, float(distance(x, x0)))
+            elif closest < math.inf:
+                factor = 1 + change
+            norm = (norm * factor).clamp(max=closest) if step else norm
+            share = 0.01 + (0.7 - 0.01) * (1 + math.cos(math.pi * step / 3)) / 2
+            difference = difference + share * difference.norm() * towards
+            x = model.rounded_multiple(x0, difference, norm)
+
+
 def test_where_all_changes_are_below_half_a_level_rounding_succeeds_all_the_same():
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(80, 176, (1, 3, 16, 16), generator=generator) / 255
