@@ -30,7 +30,7 @@ Goal, margin, distance, to_8bit = model.Goal, model.margin, model.distance, mode
 
 SIZES = ["--train_count", "512", "--batch_size", "16", "--epochs", "2", "--width", "4"]
 EFFORT = ["--attack_batch", "3", "--rounds", "2", "--steps", "20", "--fast_steps", "15"]
-EFFORT += ["--probability_steps", "20", "--rounding_steps", "12"]
+EFFORT += ["--probability_steps", "20", "--rounding_steps", "12", "--probability_rounding", "12"]
 COUNT = ["--picture_count", "4", "--target", "next"]
 TINY = ["--dataset", "digits", "--device", "cpu", *SIZES, *EFFORT, *COUNT]
 
@@ -1026,9 +1026,11 @@ def test_a_change_is_against_what_the_second_network_saw_and_a_cost_of_the_same_
     assert metrics["transfer_any_change"] == pytest.approx(2 / 3)  # the dim one is a fish as before
 
 
-def test_an_attack_joins_its_batches_seconds_and_rounding(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "steps"), [("fast", 9), ("logits", 9), ("probability", 7)])
+def test_an_attack_joins_its_batches_seconds_and_rounding(name, steps, monkeypatch, tmp_path):
     outcome, task = known_outcome()
-    config, clock = tiny_config("--rounding_steps", "9"), iter([0.0, 1.0, 10.0, 13.0])
+    config = tiny_config("--rounding_steps", "9", "--probability_rounding", "7")
+    clock = iter([0.0, 1.0, 10.0, 13.0])
     monkeypatch.setattr(story, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     given = []
 
@@ -1044,10 +1046,10 @@ def test_an_attack_joins_its_batches_seconds_and_rounding(monkeypatch, tmp_path)
     monkeypatch.setattr(story, "search", lambda _, net, x, aim, c: part_of(outcome.found, x, aim))
     monkeypatch.setattr(story, "round_off", round_off)
     task = task._replace(target=torch.arange(4))  # by which a batch shows its rows
-    got = story.attack("fast", task, Columns(), config, tmp_path)
+    got = story.attack(name, task, Columns(), config, tmp_path)
     assert got.seconds == 4 and got.queries.tolist() == [11, 22, 33, 44]
     assert torch.equal(got.found.x, outcome.found.x) and torch.equal(got.png, outcome.png)
-    assert [steps for *_, steps in given] == [9, 9]
+    assert [asked for *_, asked in given] == [steps, steps]
     assert torch.equal(torch.cat([x for x, *_ in given]), task.x)
     assert torch.equal(torch.cat([found for _, found, _ in given]), outcome.found.x)
 
