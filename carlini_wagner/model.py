@@ -285,7 +285,7 @@ def decoupled(network: nn.Module, x0: Tensor, goal: Goal, *, steps: int) -> Foun
     """
     logits, margins, slope = goal.slope(network, x0)
     best = Tracker(x0, goal, logits)
-    success = best.see(best.rows, x0, margins, best.c)
+    best.see(best.rows, x0, margins, best.c)
     norm = best.near(logits, goal, slope)
     x = (x0 + stretch(slope, norm)).clamp(0, 1)
     for step in range(1, steps):

@@ -102,6 +102,7 @@ class Config:
     steps: Count
     lr: Rate
     probability_steps: Count
+    probability_rounding: Count
     fast_steps: Count
     rounding_steps: Count
     attack_batch: Batch
@@ -131,9 +132,7 @@ class Task(NamedTuple):
     target: Tensor  # (N,), the class that it has to see, or has to leave
     names: list[str]  # of the pictures
     classes: list[str]
-    networks: list[
-        dict
-    ]  # as model.build_network takes them: the one attacked and, to compare, a second
+    networks: list[dict]  # for model.build_network: the one attacked and, to compare, a second
 
 
 class Outcome(NamedTuple):
@@ -333,13 +332,15 @@ def goal(criterion: str, task: Task, config: Config) -> Goal:
 def attack(criterion: str, task: Task, network: nn.Module, config: Config, run: Path) -> Outcome:
     """All pictures, `attack_batch` at once; batches that a killed run has finished are kept."""
     aim, results = goal(criterion, task, config), Results()
+    own = criterion == "probability"
+    rounding = config.probability_rounding if own else config.rounding_steps
     batches = torch.arange(len(task.x), device=task.x.device).split(config.attack_batch)
     parts = {"results": results}
     for row in epochs(run, criterion, parts, len(batches), config.seed, keep="results"):
         rows, began = batches[row["epoch"] - 1], time.perf_counter()
         x, part = task.x[rows], aim.of(rows)
         found = search(criterion, network, x, part, config)
-        rounded = round_off(network, x, part, found.x, steps=config.rounding_steps)
+        rounded = round_off(network, x, part, found.x, steps=rounding)
         seconds = time.perf_counter() - began
         kept = {"found": found._asdict(), "rounded": rounded._asdict(), "seconds": seconds}
         results.batches.append(kept)

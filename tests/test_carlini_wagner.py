@@ -30,7 +30,7 @@ Goal, margin, distance, to_8bit = model.Goal, model.margin, model.distance, mode
 
 SIZES = ["--train_count", "512", "--batch_size", "16", "--epochs", "2", "--width", "4"]
 EFFORT = ["--attack_batch", "3", "--rounds", "2", "--steps", "20", "--fast_steps", "15"]
-EFFORT += ["--probability_steps", "20", "--rounding_steps", "12"]
+EFFORT += ["--probability_steps", "20", "--rounding_steps", "12", "--probability_rounding", "12"]
 COUNT = ["--picture_count", "4", "--target", "next"]
 TINY = ["--dataset", "digits", "--device", "cpu", *SIZES, *EFFORT, *COUNT]
 
@@ -472,6 +472,34 @@ def test_rounding_follows_the_margin_from_far_off(times):
     found = model.round_off(network, x0, goal, start, steps=25)
     assert found.success.all()
     assert (distance(found.x, x0) < 1.03 * least(0.0)).all()
+
+
+def test_three_roundings_by_hand():
+    """Slopes added to the fractions, the norm moved; from a success and a failure."""
+    network, x0, least = half_space(count=1)
+    x0 = to_8bit(x0)
+    goal = Goal(torch.ones(1, dtype=torch.long))
+    towards = network.a / network.a.norm()
+    for times in (1.5, 0.95, 0.3):
+        start = x0 + times * least(0.0) * (towards + 0.3 * towards.flip(2))
+        seen = model.round_off(network, x0, goal, start, steps=3).trace[:, 2]
+        norm, difference, x = 1.15 * distance(start, x0), start - x0, to_8bit(start)
+        closest = math.inf
+        for step in range(3):
+            torch.testing.assert_close(seen[step], distance(x, x0), rtol=1e-4, atol=0)
+            lead = network(x)[0, 1] - model.SLACK * network(x0)[0].diff().abs()
+            rise = (network.a * (x - x0)).sum() / distance(x, x0)
+            off = 1.001 * lead / rise / norm
+            change = 0.001 + (0.03 - 0.001) * (1 + math.cos(math.pi * step / 3)) / 2
+            factor = 1 - (off / 4).clamp(change, 0.3) if lead > 0 else 1 + (-off).clamp(0.01, 0.3)
+            if lead > 0:
+                closest = min(closest, float(distance(x, x0)))
+            elif closest < math.inf:
+                factor = 1 + change
+            norm = (norm * factor).clamp(max=closest) if step else norm
+            share = 0.01 + (0.7 - 0.01) * (1 + math.cos(math.pi * step / 3)) / 2
+            difference = difference + share * difference.norm() * towards
+            x = model.rounded_multiple(x0, difference, norm)
 
 
 def test_where_all_changes_are_below_half_a_level_rounding_succeeds_all_the_same():
@@ -998,9 +1026,11 @@ def test_a_change_is_against_what_the_second_network_saw_and_a_cost_of_the_same_
     assert metrics["transfer_any_change"] == pytest.approx(2 / 3)  # the dim one is a fish as before
 
 
-def test_an_attack_joins_its_batches_seconds_and_rounding(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "steps"), [("fast", 9), ("logits", 9), ("probability", 7)])
+def test_an_attack_joins_its_batches_seconds_and_rounding(name, steps, monkeypatch, tmp_path):
     outcome, task = known_outcome()
-    config, clock = tiny_config("--rounding_steps", "9"), iter([0.0, 1.0, 10.0, 13.0])
+    config = tiny_config("--rounding_steps", "9", "--probability_rounding", "7")
+    clock = iter([0.0, 1.0, 10.0, 13.0])
     monkeypatch.setattr(story, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     given = []
 
@@ -1016,10 +1046,10 @@ def test_an_attack_joins_its_batches_seconds_and_rounding(monkeypatch, tmp_path)
     monkeypatch.setattr(story, "search", lambda _, net, x, aim, c: part_of(outcome.found, x, aim))
     monkeypatch.setattr(story, "round_off", round_off)
     task = task._replace(target=torch.arange(4))  # by which a batch shows its rows
-    got = story.attack("fast", task, Columns(), config, tmp_path)
+    got = story.attack(name, task, Columns(), config, tmp_path)
     assert got.seconds == 4 and got.queries.tolist() == [11, 22, 33, 44]
     assert torch.equal(got.found.x, outcome.found.x) and torch.equal(got.png, outcome.png)
-    assert [steps for *_, steps in given] == [9, 9]
+    assert [asked for *_, asked in given] == [steps, steps]
     assert torch.equal(torch.cat([x for x, *_ in given]), task.x)
     assert torch.equal(torch.cat([found for _, found, _ in given]), outcome.found.x)
 
