@@ -38,13 +38,14 @@ def plot_example(
         squeeze=False,
     )
     x = shown["original"]
-    largest = max(float((other - x).abs().max()) for other in shown.values())
-    scale = max(1, int(0.5 / max(largest, 1 / 255)))
+    large = max(float((other - x).abs().quantile(0.999)) for other in shown.values())
+    scale = max(1, int(0.5 / max(large, 1 / 255)))  # a few pixels may be cut off
+    widest = min(1.0, 1.1 * max(float(part.max()) for part in probs.values()))
     for column, (name, picture) in zip(panels.T, shown.items(), strict=True):
         color = COLORS.get(name, "black")
         column[0].imshow(picture.permute(1, 2, 0).cpu())
         column[0].set_title(name, color=color)
-        plot_bars(column[1], probs[name].cpu(), classes, color)
+        plot_bars(column[1], probs[name].cpu(), classes, color, widest)
         if name == "original":
             text = f"difference x {scale},\n0 is grey" if scale > 1 else "difference,\n0 is grey"
             column[2].text(0.5, 0.5, text, ha="center", va="center")
@@ -66,13 +67,14 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def plot_bars(axes: plt.Axes, probs: Tensor, classes: list[str], color: str) -> None:
-    """The five largest probabilities."""
+def plot_bars(axes: plt.Axes, probs: Tensor, classes: list[str], color: str, widest: float) -> None:
+    """The five largest probabilities, on an axis from 0 to `widest`."""
     values, places = probs.topk(min(5, len(probs)))
-    axes.barh(range(len(values)), values, color=color, alpha=0.6)
+    axes.barh(range(len(values)), values, color=color, alpha=0.35)
     for height, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
-        axes.text(0.03, height, f"{literal(classes[place])}   {value:.3f}", va="center", fontsize=8)
-    axes.set(xlim=(0, 1), yticks=[], ylim=(len(values) - 0.4, -0.6))
+        text = f"{literal(classes[place])}   {value:.3f}"
+        axes.text(0.03 * widest, height, text, va="center", fontsize=8)
+    axes.set(xlim=(0, widest), yticks=[], ylim=(len(values) - 0.4, -0.6))
     axes.set_xlabel("probability", fontsize=8)
     axes.tick_params(labelsize=7)
 
