@@ -38,7 +38,7 @@ def plot_example(
         squeeze=False,
     )
     x = shown["original"]
-    large = max(float((other - x).abs().quantile(0.999)) for other in shown.values())
+    large = max(np.quantile((other - x).abs().cpu(), 0.999) for other in shown.values())
     scale = max(1, int(0.5 / max(large, 1 / 255)))  # a few pixels may be cut off
     widest = min(1.0, 1.1 * max(float(part.max()) for part in probs.values()))
     for column, (name, picture) in zip(panels.T, shown.items(), strict=True):
