@@ -137,21 +137,18 @@ def trunk_width(trunk: nn.Module, image_size: int) -> int:
 
 
 def small_resnet(widths: tuple[int, ...]) -> nn.Sequential:
-    """A block of two convolutions per width, each at half the resolution of the one before."""
+    """A convolution at full resolution, then a block of two convolutions for each width; each block
+    halves the resolution.
+    """
     from torchvision.models.resnet import BasicBlock
 
-    layers = [plain_conv(3, widths[0], 3, 2), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
-    before = widths[0]
-    for number, width in enumerate(widths):
-        stride = 1 if number == 0 else 2
-        shortcut = None  # the identity, where shapes allow
-        if stride != 1 or before != width:
-            # a strided 1x1 convolution, in two steps: the one step writes past its memory on CPUs
-            # with AVX2, if it has less than 8 channels (oneDNN issue 6035)
-            every = nn.MaxPool2d(1, stride)
-            shortcut = nn.Sequential(every, plain_conv(before, width, 1, 1), nn.BatchNorm2d(width))
-        layers.append(BasicBlock(before, width, stride, shortcut))
-        before = width
+    layers = [plain_conv(3, widths[0], 3, 1), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+    for before, width in zip((widths[0], *widths), widths, strict=False):
+        # a strided 1x1 convolution, in two steps: the one step writes past its memory on CPUs with
+        # AVX2, if it has less than 8 channels (oneDNN issue 6035)
+        every = nn.MaxPool2d(1, 2)
+        shortcut = nn.Sequential(every, plain_conv(before, width, 1, 1), nn.BatchNorm2d(width))
+        layers.append(BasicBlock(before, width, 2, shortcut))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
