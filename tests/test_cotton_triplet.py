@@ -691,7 +691,7 @@ def test_the_plots_show_what_metrics_json_says(run, again, monkeypatch, tmp_path
     assert np.array_equal(shown["film"][1], again.data.val.y)
     assert np.array_equal(shown["thumbnails"][1], again.data.test.x.permute(0, 2, 3, 1))
     check_triplets(shown["triplets"][0], again)
-    d = torch.cdist(again.test.embedding, again.train.embedding)
+    d = torch.cdist(again.test.embedding.double(), again.train.embedding.double())
     missed = labels[d.argmin(1)] != y
     for row in shown["retrieval"][0]:
         match = (again.data.test.x.permute(0, 2, 3, 1).numpy() == row["query"]).all((1, 2, 3))
