@@ -1010,7 +1010,7 @@ def test_influence(monkeypatch, tmp_path, no_pictures, undisturbed, disturbed):
 
 
 def test_known_answers_of_the_class_head_and_the_map():
-    """A head that is right on 7 of 10, a map of which 6 of 10 lie beside their class."""
+    """A head that is right on 7 of 10, a map of which 6 of 10 lie next to their class."""
     y, train_y = torch.arange(10) % 2, torch.tensor([0, 0, 1, 1])
     logits = F.one_hot(y, 2).double()
     logits[:3] = 1 - logits[:3]
