@@ -8,6 +8,7 @@ Run it with `python carlini_wagner/train.py`, or with `--kappa 5 --criteria logi
 """
 
 import math
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -173,14 +174,15 @@ def main() -> None:
     }
     plot_results(task, networks[0], outcomes, metrics, config, run)
     save_model(task, config, run)
-    pngs = run / "adversarial" / config.criteria[-1]
+    pngs, originals = run / "adversarial" / config.criteria[-1], run / "originals"
+    places = shlex.join(map(str, (run, pngs, "--original", originals)))
     finish_run(
         run,
         config,
         dataset=config.dataset,
         headline=headline(metrics, config),
         metrics=metrics,
-        use=f"python carlini_wagner/predict.py {run} {pngs} --original {run / 'originals'}",
+        use=f"python carlini_wagner/predict.py {places}",
     )
 
 

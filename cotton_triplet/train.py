@@ -6,6 +6,7 @@ nearer to the most different one of its class than to the most similar one of an
 Run it with `python cotton_triplet/train.py`, or `python cotton_triplet/train.py --margin 0.5`.
 """
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def main() -> None:
         dataset=data.name,
         headline=headline(metrics),
         metrics=metrics,
-        use=f"python cotton_triplet/predict.py {run} PICTURE...",
+        use=f"python cotton_triplet/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 

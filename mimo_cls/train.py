@@ -8,6 +8,7 @@ Run it with `python mimo_cls/train.py`, or `python mimo_cls/train.py --members 3
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def main() -> None:
         dataset=data.name,
         headline=headline(metrics),
         metrics=metrics,
-        use=f"python mimo_cls/predict.py {run} PICTURE...",
+        use=f"python mimo_cls/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
