@@ -597,11 +597,9 @@ def chosen_gaps(gaps: list[dict], seed: int) -> dict[str, list[dict]]:
     """Three for which fine-tuning raised the word's probability most, three at random."""
     gain = [gap["log_prob"]["after"] - gap["log_prob"]["before"] for gap in gaps]
     order = sorted(range(len(gaps)), key=gain.__getitem__, reverse=True)
-    rest = [
-        order[3:][i]
-        for i in torch.randperm(len(order[3:]), generator=torch.Generator().manual_seed(seed))
-    ]
-    parts = {"improved most": order[:3], "at random": rest[:3]}
+    best, rest = order[:3], order[3:]
+    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:3]
+    parts = {"improved most": best, "at random": [rest[place] for place in drawn]}
     return {name: [gaps[place] for place in own] for name, own in parts.items()}
 
 

@@ -367,24 +367,26 @@ def summarise(outcomes: list[Outcome], config: Config) -> dict:
 
 
 def uncertainty_numbers(outcomes: list[Outcome]) -> dict:
-    """risk: error rate over all coverages, by the measure of uncertainty; auroc of strange images;
-    for each measure also what it has more than the entropy of standard dropout, in pairs.
+    """By measure; risk: error rate over all coverages, auroc: of strange images."""
+    risk = [{kind: risks.mean() for kind, risks in one.risks.items()} for one in outcomes]
+    strange = {name: [one.auroc[name] for one in outcomes] for name in outcomes[0].auroc}
+    auroc = {name: compare_measures(of_runs) for name, of_runs in strange.items()}
+    return {"risk": {"test": compare_measures(risk)}, "auroc": auroc}
+
+
+def compare_measures(of_runs: list[dict]) -> dict:
+    """Mean and standard deviation of each measure over the runs, and what it has more than the
+    entropy of standard dropout, in pairs.
     """
-    tables = {"risk": [{"test": {k: r.mean() for k, r in one.risks.items()}} for one in outcomes]}
-    tables["auroc"] = [one.auroc for one in outcomes]
-    numbers = {}
-    for name, table in tables.items():
-        numbers[name] = {}
-        for part, kinds in table[0].items():
-            values = {k: torch.tensor([float(one[part][k]) for one in table]) for k in kinds}
-            values = {kind: value.double() for kind, value in values.items()}
-            found = {kind: plain(mean_and_sd(value)) for kind, value in values.items()}
-            if "standard_entropy" in values:
-                for kind, value in values.items():
-                    more = paired_difference(value, values["standard_entropy"])
-                    found[kind]["minus_standard"] = plain(more)
-            numbers[name][part] = found
-    return numbers
+    values = {
+        kind: torch.tensor([float(one[kind]) for one in of_runs]).double() for kind in of_runs[0]
+    }
+    found = {kind: plain(mean_and_sd(value)) for kind, value in values.items()}
+    if "standard_entropy" in values:
+        for kind, value in values.items():
+            more = paired_difference(value, values["standard_entropy"])
+            found[kind]["minus_standard"] = plain(more)
+    return found
 
 
 def plain(numbers: dict[str, Tensor]) -> dict[str, float | list[float]]:
