@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -215,7 +216,7 @@ def main() -> None:
         dataset=tweets.name,
         headline=headline(trials),
         metrics=metrics,
-        use=f'python bert_mlm/predict.py {run} "We need [MASK] and blankets."',
+        use=f'python bert_mlm/predict.py {shlex.quote(str(run))} "We need [MASK] and blankets."',
     )
 
 

@@ -129,7 +129,7 @@ def plot_rotation(
     figure = plt.figure(figsize=(9, 5.6), layout="constrained")
     rows = figure.subfigures(3, 1, height_ratios=(1, 3.0, 3.0))
     for panel, image in zip(rows[0].subplots(1, len(angles)), x, strict=True):
-        panel.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        panel.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         panel.axis("off")
     jitter = np.random.default_rng(0).uniform(-4, 4, mc.shape[:2])
     for row, pair in zip(rows[1:], (shown[:2], shown[2:]), strict=True):
@@ -202,7 +202,7 @@ def plot_certainty(
         panel.set_yticks([])
     for panel, number in zip(panels.flat, chosen, strict=False):
         predicted = int(probs[number].argmax())
-        panel.imshow(x[number].permute(1, 2, 0).squeeze(-1), cmap="gray")
+        panel.imshow(x[number].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         color = "black" if predicted == y[number] else "red"
         text = f"{classes[predicted]} ({probs[number].max():.0%})\ntrue {classes[y[number]]}"
         panel.set_title(plain_text(text), fontsize=8, color=color)
@@ -283,7 +283,7 @@ def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], path: Path) -> 
             panel.set_xticks([])
             panel.set_yticks([])
         for panel, (text, picture) in zip(row, shown, strict=False):
-            panel.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap="gray")
+            panel.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
             panel.set_title(plain_text(text), fontsize=8)
         for panel in row[len(shown) :]:
             panel.axis("off")

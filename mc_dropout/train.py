@@ -7,6 +7,7 @@ Run it with `python mc_dropout/train.py`, or `python mc_dropout/train.py --train
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def main() -> None:
         dataset=data.name,
         headline=headline(metrics, config),
         metrics=metrics,
-        use=f"python mc_dropout/predict.py {run} PICTURE...",
+        use=f"python mc_dropout/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
@@ -178,8 +179,8 @@ def load_data(config: Config, device: torch.device) -> Data:
         wanted["active_pool"] = config.active_pool
     for key, count in wanted.items():
         if count > len(data.train.x):
-            there = f"{data.name} has only {len(data.train.x)} images to train on"
-            raise DataError(f"{key}: {there}, not {count}")
+            most = f"at most {len(data.train.x)}, the training images of {data.name}"
+            raise DataError(f"{key}: expected {most}, found {count}")
     print(data.note)
     return data.to(device)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -1006,8 +1007,10 @@ def test_the_network_exports(start):
 
 def test_only_the_method_with_two_seeds(tmp_path, run_folder):
     assert (run_folder / "pretrain.pt").exists()  # the small BERT is kept from here on
-    flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path]
-    folder = train("bert_mlm", *flags)
+    flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path / "my runs"]
+    *_, use, last = call(load_project("bert_mlm").train, *flags).splitlines()
+    folder = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     numbers = numbers_of(folder)
     assert "scratch_perplexity_after" not in numbers and "scratch_minus_after" not in numbers
     assert (

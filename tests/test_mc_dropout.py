@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import struct
 from pathlib import Path
 
@@ -492,7 +493,7 @@ def test_settings_that_cannot_be_meant(flags, message):
 
 
 def test_more_labels_than_there_are_is_named():
-    with pytest.raises(DATA.DataError, match="train_images: digits has only 898 images to train"):
+    with pytest.raises(DATA.DataError, match=r"train_images: expected at most 898, .* found 899"):
         TRAIN.load_data(tiny_config("--train_images", "899"), torch.device("cpu"))
 
 
@@ -964,7 +965,10 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
 
 
 def test_without_a_comparison_nothing_of_standard_dropout_is_left(tmp_path):
-    folder = train("mc_dropout", *TINY, "--compare", "false", "--out_dir", tmp_path)
+    flags = [*TINY, "--compare", "false", "--out_dir", tmp_path / "my runs"]
+    *_, use, last = call(TRAIN, *flags).splitlines()
+    folder = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     report = json.loads((folder / "metrics.json").read_text())
     assert not [name for name in report["headline"] if name.startswith(("standard", "ensemble"))]
     assert "standard" not in json.dumps(report["metrics"]["test"])

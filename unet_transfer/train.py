@@ -9,6 +9,7 @@ Run it with `python unet_transfer/train.py`, or `python unet_transfer/train.py -
 
 import copy
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def main() -> None:
         dataset=task.name,
         headline=headline(metrics),
         metrics=metrics,
-        use=f"python unet_transfer/predict.py {run} PICTURE...",
+        use=f"python unet_transfer/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
@@ -159,8 +160,9 @@ def load_task(config: Config, device: torch.device) -> Task:
         seed=config.seed,
     )
     there = len(task.segmentation.train.x)
-    if (wanted if config.study else config.mask_count) > there:
-        raise DataError(f"mask_count: {task.name} has only {there} masks to train on")
+    if (count := wanted if config.study else config.mask_count) > there:
+        most = f"at most {there}, the training masks of {task.name}"
+        raise DataError(f"mask_count: expected {most}, found {count}")
     print(task.note)
     return task._replace(
         classification=task.classification.to(device), segmentation=task.segmentation.to(device)
