@@ -399,7 +399,7 @@ def load(*, dataset: str, data_dir: Path, bundled_images: int, seed: int) -> Pai
 
 
 def load_digits(train_images: int, seed: int) -> Set:
-    """Drawn anew from the bundled 8x8 digits, which are split before."""
+    """Drawn from the bundled 8x8 digits, which are split before."""
     from sklearn.datasets import load_digits as bundled_digits
 
     bunch = bundled_digits()

@@ -1,7 +1,7 @@
 """A convolutional autoencoder on image sets X and Y, compared with PCA with as many components.
 
-Four questions: how well does it reconstruct, does one trained on X reconstruct Y, is its encoder
-worth anything to a classifier, and are decoded new codes new images of a class?
+Four questions: how well does it reconstruct, does one trained on X reconstruct Y, does its
+encoder help a classifier, and are decoded new codes new images of a class?
 
 Run it with `python autoencoder/train.py`, or `python autoencoder/train.py --code_size 64`.
 """

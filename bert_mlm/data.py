@@ -58,7 +58,7 @@ def load(
 ) -> Tweets:
     """The splits of `dataset`; `csv` is csv_file or, if that is not there, the one in data_dir.
 
-    Duplicates leave before the split, near-duplicates come into one part of it; of more than
+    Duplicates are removed before the split, near-duplicates stay in one part of it; of more than
     `most_tweets` tweets as many are drawn at random. Raises DataError, which names the file.
     """
     path, column, bad = SAMPLE, "content", []

@@ -270,7 +270,7 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
 
 
 def small_bert_folder(config: Config) -> Path:
-    """Where the small BERT lies or will lie, by all that decides its weights."""
+    """The folder of the small BERT, named after all that decides its weights."""
     settings = (
         config.seed,
         config.max_length,

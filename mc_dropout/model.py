@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: a network, its T stochastic forward passes, and what they are worth.
+"""Monte Carlo dropout: a network, its T stochastic forward passes, and their scores.
 
 Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation: Representing Model Uncertainty in
 Deep Learning". A network trained with dropout is an approximate posterior q(W) over weights W; one
@@ -26,7 +26,7 @@ CHUNK_IMAGES, CHUNK_PASSES = 200, 20  # computed at once
 def make_cnn(
     *, channels: int, classes: int, widths: tuple[int, ...], hidden: int, dropout: float
 ) -> nn.Sequential:
-    """Class logits (N, classes) from images (N, channels, H, W) in [0, 1], H and W at will."""
+    """Class logits (N, classes) from images (N, channels, H, W) in [0, 1] of any H and W."""
     layers = []
     for inputs, width in zip((channels, *widths[:-1]), widths, strict=True):
         layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
@@ -63,7 +63,7 @@ def split_network(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
 
     Raises ValueError without a dropout, or if batch normalisation comes after one: its running
     statistics are those of activations with dropout, so a network with dropout off would be
-    judged with wrong ones (Li et al. 2019, "variance shift").
+    evaluated with wrong ones (Li et al. 2019, "variance shift").
     """
     modules = list(network.modules())
     places = [place for place, module in enumerate(modules) if drops(module)]

@@ -173,7 +173,7 @@ def plot_reliability(
         hit = predicted == y.numpy()
         number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         count = np.bincount(number.ravel(), minlength=BINS)
-        full = count >= 10  # fewer images say nothing
+        full = count >= 10  # fewer are only noise
         mean = [
             np.bincount(number.ravel(), part.ravel(), BINS)[full] / count[full]
             for part in (confidence, hit)

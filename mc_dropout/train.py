@@ -119,7 +119,7 @@ class Config:
 
 
 class Answers(NamedTuple):
-    """What a network says of some images."""
+    """The predictions of a network for some images."""
 
     log_probs: dict[str, Tensor]  # [method] (N, C); of MC dropout after report_passes
     uncertainty: dict[str, Tensor]  # [measure] (N,) in nats
@@ -127,7 +127,7 @@ class Answers(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one run's network says; logits become scores here, so little is kept."""
+    """Scores of one run's network; logits are not kept."""
 
     scores: dict[str, dict[str, dict[str, Tensor]]]  # [split][method][score]: () or (T,)
     risks: dict[str, Tensor]  # [uncertainty] (N,) by coverage, on test images
@@ -266,7 +266,7 @@ def evaluate(network: nn.Module, val: Images, config: Config) -> dict[str, float
 def answer(
     network: nn.Sequential, x: Tensor, y: Tensor | None, config: Config, number: int
 ) -> Answers:
-    """What the network of run `number` says of uint8 images, with dropout on and off."""
+    """The predictions of run `number` for uint8 images, with dropout on and off."""
     x, seed, at = as_float(x), 1000 * config.seed + number, config.report_passes
     logits = mc_logits(network, x, passes=config.passes, seed=seed).double()
     probs = average_probs(logits)
@@ -484,7 +484,7 @@ def ask(method: str, data: Data, config: Config, run: Path, seed: int) -> list[d
 
 
 def time_passes(network: nn.Sequential, x: Tensor) -> dict[str, float]:
-    """Seconds per 10,000 images: medians of three goes at 2,000 test images, repeated if fewer."""
+    """Seconds per 10,000 images: medians of three timings of 2,000 test images, some repeated."""
     x = as_float(x[torch.arange(2000, device=x.device) % len(x)])
     calls = {"standard": lambda: standard_logits(network, x)}
     for passes in (1, 10, 100):

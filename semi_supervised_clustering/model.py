@@ -103,9 +103,9 @@ def move_labelled(costs, y, w, own, counts, pull: float) -> np.ndarray:
 
     `costs` (M, K) are distances up to a constant per point, `y`, `w` and `own` (M,) classes,
     weights and clusters, `counts` (K, C) the labelled weight of all points; `pull` is alpha s.
-    All points are sifted at once. If many would gain by (3), all go where distance plus tangent is
-    least; else those that would gain are taken in the order of their gain and seen again one by
-    one, as the counts change.
+    Equation (3) is computed for all points at once. If many would gain, all go where distance plus
+    tangent is least; else those that would gain are examined again one by one, in the order of
+    their gain, as the counts change.
     """
     own, counts = own.copy(), counts.copy()
     least = 1e-12 * w * (np.abs(costs).max(initial=0) + pull)  # a smaller change is rounding
@@ -251,8 +251,8 @@ def cluster_sums(points: Tensor, w: Tensor, own: Tensor, clusters: int) -> np.nd
         return sums.index_add_(0, own, rows).cpu().numpy()
     few = max(512, TABLE // 8 // points.shape[1])
     if len(own) > few:  # float64 takes more memory
-        pieces = slices(len(own), few)
-        return sum(cluster_sums(points[i], w[i], own[i], clusters) for i in pieces)
+        parts = slices(len(own), few)
+        return sum(cluster_sums(points[i], w[i], own[i], clusters) for i in parts)
     weights, numbers = w.double().numpy(), own.numpy()
     if len(own) * clusters <= 2**14:
         member = (np.arange(clusters)[:, None] == numbers) * weights
@@ -325,10 +325,10 @@ class Descent:
     (K, C), are kept in float64 and change only by the points that move. So does the objective, in
     O(K (D + C)), if distances are squared.
 
-    Once few points move, a point is looked at again only if the centres may have moved so far that
+    Once few points move, a point is examined again only if the centres may have moved so far that
     another could be its nearest (bounds of Hamerly 2010): `path` (K,) is how far a cluster's centre
-    and the farthest moving other have come, `due` (N,) the path at which a point has to be looked
-    at. Labelled points, which step 3 moves, are never due.
+    and the farthest moving other have come, `due` (N,) the path at which a point has to be
+    examined. Labelled points, which step 3 moves, are never due.
     """
 
     def __init__(self, points, centres, alpha, unit, *, constant=0.0, plain=False, own=None):
@@ -348,7 +348,7 @@ class Descent:
         self.sum_up()
 
     def sum_up(self) -> None:
-        """All sums anew; points without a cluster join the nearest."""
+        """Compute all sums; points without a cluster join the nearest."""
         first, (clusters, features) = self.own is None, self.centres.shape
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
@@ -392,7 +392,7 @@ class Descent:
         return moved
 
     def late(self) -> list[slice | Tensor]:
-        """The points that have to be looked at again, in parts; all if that is not much more."""
+        """The points that have to be examined again, in parts; all if that is not much more."""
         if self.bounded:
             path, late = torch.from_numpy(self.path).to(self.due), []
             for rows in slices(len(self.points), 2**18):
@@ -464,7 +464,7 @@ class Descent:
         self.settled &= not steps.any()
 
     def fill_empty(self) -> None:
-        """Empty clusters start anew at the point farthest from its centre.
+        """Move the centres of empty clusters to the points farthest from their centres.
 
         Its distance vanishes, and a cluster that is split is not less pure, so the objective falls.
         A cluster stays empty where all other points lie on their centres (duplicates).
@@ -660,10 +660,10 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         return descent
 
     def descend_pooled(self, points: Points, start: tuple | None, generator) -> Descent:
-        """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
+        """Cluster in whitened coordinates and estimate the covariance, alternately.
 
         With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
-        minimum of tr(S^-1 (W + shrinkage V)) + log det S, so that neither step raises J.
+        minimum of tr(S^-1 (W + shrinkage V)) + log det S, so neither step raises J.
         """
         scatter, prior = self.scatter(points)
         own, history, previous = None, [], np.inf

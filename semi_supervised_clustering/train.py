@@ -121,7 +121,7 @@ def main() -> None:
         metrics |= summarise(compare(table, config, run, device))
         metrics["by_alpha"] = by_alpha(table, config, run, device)
     if config.scale_study:
-        metrics["timing"]["scale"] = time_beside_sklearn(config, device)
+        metrics["timing"]["scale"] = compare_speed(config, device)
     write_predictions(run / "predictions.csv", table, shown)
     plot_results(metrics, table, shown, config, run)
     save_model(shown, table, config, run)
@@ -377,7 +377,7 @@ def others(part: Split) -> dict[str, dict]:
         "nearest_mean": NearestCentroid(),
     }
     scores = {}
-    with warnings.catch_warnings():  # constant features, a graph that falls apart, few labels
+    with warnings.catch_warnings():  # constant features, a disconnected graph, few labels
         warnings.simplefilter("ignore")
         models["mixture"].fit(x)
         models["spreading"].fit(x, given)
@@ -446,8 +446,8 @@ def by_alpha(table: Table, config: Config, run: Path, device: torch.device) -> d
 # --- scale ------------------------------------------------------------------------------------
 
 
-def time_beside_sklearn(config: Config, device: torch.device) -> dict:
-    """Seconds of whole fits until nothing changes, ours and scikit-learn's KMeans in turn.
+def compare_speed(config: Config, device: torch.device) -> dict:
+    """Seconds of whole fits until nothing changes, ours and scikit-learn's KMeans alternately.
 
     By size "points x features x clusters": from the same random points, and from k-means++; ours
     with and without labels. `dispersion` are sums of squared distances by points.

@@ -196,7 +196,7 @@ def test_no_pixel_of_a_test_scene_occurs_in_a_training_scene(monkeypatch):
     assert sum(len(columns[i]) for i in (0, 2, 4)) == 640
 
 
-def test_scenes_hang_on_the_seed_and_test_scenes_not_on_the_number_of_masks():
+def test_scenes_depend_on_the_seed_and_test_scenes_not_on_the_number_of_masks():
     one, again, more, other = digits(), digits(), digits(mask_count=9), digits(seed=1)
     assert torch.equal(one.segmentation.train.x, again.segmentation.train.x)
     assert torch.equal(one.segmentation.test.x, more.segmentation.test.x)

@@ -573,7 +573,7 @@ def composed(name: str) -> str:
 
 
 def read_labels(path: Path, known: set[str]) -> dict[str, str]:
-    """Class by file, from a csv whose columns are `file`, relative to images/, and `class`, apart
+    """Class by file, from a csv with columns `file`, relative to images/, and `class`, separated
     by commas, semicolons or tabs. Raises DataError if a file is not there or has two classes.
     """
     text = read_text(path)

@@ -117,7 +117,7 @@ def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set(xlabel="masks to train on", ylabel="test mIoU", ylim=(0, 1))
-    figure.suptitle(f"What a pretrained down part is worth: {dataset}")
+    figure.suptitle(f"Gain from a pretrained down part: {dataset}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
