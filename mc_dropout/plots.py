@@ -283,7 +283,7 @@ def plot_extremes(pictures: dict[str, list[tuple[str, Tensor]]], path: Path) -> 
             panel.set_xticks([])
             panel.set_yticks([])
         for panel, (text, picture) in zip(row, shown, strict=False):
-            panel.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
+            panel.imshow(picture.permute(1, 2, 0).squeeze(-1), cmap="gray")
             panel.set_title(plain_text(text), fontsize=8)
         for panel in row[len(shown) :]:
             panel.axis("off")
