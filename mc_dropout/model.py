@@ -151,13 +151,17 @@ def entropy(log_probs: Tensor) -> Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
+def log_mean(log_probs: Tensor) -> Tensor:
+    """log mean_t p_t (...) from log-probabilities (T, ...)."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
+
+
 def mutual_information(log_probs: Tensor) -> Tensor:
     """H(mean_t p_t) - mean_t H(p_t) (N,) in nats from log-probabilities (T, N, C).
 
     What the T predictions disagree about; never negative (Jensen), so rounding is cut off.
     """
-    mean = log_probs.logsumexp(0) - math.log(len(log_probs))
-    return (entropy(mean) - entropy(log_probs).mean(0)).clamp(min=0)
+    return (entropy(log_mean(log_probs)) - entropy(log_probs).mean(0)).clamp(min=0)
 
 
 def best_temperature(log_probs: Tensor, y: Tensor) -> float:
@@ -265,8 +269,8 @@ def acquire(method: str, network: nn.Sequential, x: Tensor, count: int, seed: in
         return nearest_to_centres(standard_logits(network[:-1], x), count, seed)
     if method in ("bald", "mc_entropy"):
         log_probs = mc_logits(network, x, passes=50, seed=seed).double().log_softmax(-1)
-        mean = log_probs.logsumexp(0) - math.log(len(log_probs))
-        worth = mutual_information(log_probs) if method == "bald" else entropy(mean)
+        bald = method == "bald"
+        worth = mutual_information(log_probs) if bald else entropy(log_mean(log_probs))
     else:
         log_probs = standard_logits(network, x).double().log_softmax(-1)
         first, second = log_probs.exp().topk(2).values.unbind(1)

@@ -6,7 +6,6 @@ leaves it on and averages the probabilities of 1..T passes of the same weights.
 Run it with `python mc_dropout/train.py`, or `python mc_dropout/train.py --train_images 400`.
 """
 
-import math
 import shlex
 import time
 from collections.abc import Callable
@@ -49,6 +48,7 @@ from model import (
     average_probs,
     best_temperature,
     entropy,
+    log_mean,
     make_cnn,
     mc_logits,
     mean_and_sd,
@@ -324,10 +324,7 @@ def tempered(log_probs: dict[str, Tensor], data: Data) -> dict[str, Tensor]:
 def assess_ensemble(outcomes: list[Outcome], data: Data) -> dict:
     """A deep ensemble of all runs' networks with dropout off: what MC dropout approximates."""
     members = [one.log_probs["standard"] for one in outcomes]
-    mean = {
-        part: torch.stack([one[part] for one in members]).logsumexp(0) - math.log(len(members))
-        for part in members[0]
-    }
+    mean = {part: log_mean(torch.stack([one[part] for one in members])) for part in members[0]}
     y = data.test.y.cpu()
     inside = entropy(mean["test"])
     return {

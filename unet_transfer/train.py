@@ -205,8 +205,8 @@ def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int
         train("scratch", scratch, plan("scratch", round(compute), {scratch: config.scratch_lr}))
 
     metrics = test(task, classifier, models, config.batch_size)
-    counts = {"train": len(masks.x), "val": len(task.segmentation.val.x)}
-    metrics["masks"] = counts | {"test": len(task.segmentation.test.x)}
+    parts = task.segmentation._replace(train=masks)._asdict()
+    metrics["masks"] = {name: len(part.x) for name, part in parts.items()}
     metrics["compute"] = {
         name: cost / flops["transfer"] * config.stage2_epochs for name, cost in flops.items()
     }
