@@ -408,7 +408,7 @@ def save_model(model: UNet, task: Task, config: Config, run: Path) -> None:
 
 
 def headline(metrics: dict) -> dict[str, float]:
-    methods = [method for method in ("stage1", "transfer", "scratch") if method in metrics]
+    methods = [method for method in METHODS if method in metrics]
     numbers = {"classification_accuracy": metrics["classification"]["test_accuracy"]}
     return numbers | {f"{method}_miou": metrics[method]["test_miou"] for method in methods}
 
