@@ -161,7 +161,8 @@ def mutual_information(log_probs: Tensor) -> Tensor:
 
     What the T predictions disagree about; never negative (Jensen), so rounding is cut off.
     """
-    return (entropy(log_mean(log_probs)) - entropy(log_probs).mean(0)).clamp(min=0)
+    mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    return (entropy(mean) - entropy(log_probs).mean(0)).clamp(min=0)
 
 
 def best_temperature(log_probs: Tensor, y: Tensor) -> float:
