@@ -399,17 +399,13 @@ def load(*, dataset: str, data_dir: Path, bundled_images: int, seed: int) -> Pai
 
 
 def load_digits(train_images: int, seed: int) -> Set:
-    """Drawn anew from the bundled 8x8 digits, which are split before."""
+    """Drawn from the bundled 8x8 digits, which are split before."""
     from sklearn.datasets import load_digits as bundled_digits
 
     bunch = bundled_digits()
     ink = torch.from_numpy(bunch.images).float() / 16
     sources = split(Images(ink, torch.from_numpy(bunch.target).long()), SHARES, seed)
-    parts = []
-    for source, count, generator in zip(
-        sources, *counts_and_generators(train_images, seed), strict=True
-    ):
-        parts.append(render_digits(source, count, generator))
+    parts = map(render_digits, sources, *counts_and_generators(train_images, seed))
     return Set("digits", tuple(map(str, range(10))), *parts, mirror=False)
 
 
@@ -420,11 +416,7 @@ def load_crops(train_images: int, seed: int) -> Set:
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
     widths = part_sizes(photos.shape[3], SHARES)
     strips = photos.split(widths[::-1], dim=3)[::-1]  # train at the right
-    parts = []
-    for strip, count, generator in zip(
-        strips, *counts_and_generators(train_images, seed), strict=True
-    ):
-        parts.append(cut_crops(strip, count, generator))
+    parts = map(cut_crops, strips, *counts_and_generators(train_images, seed))
     return Set("photographs", ("temple", "flower"), *parts, mirror=True)
 
 
@@ -610,12 +602,10 @@ def shuffled_batches(
 
 def move(x: Tensor, shift: int) -> Tensor:
     """Images (N, 3, H, W), each moved by up to `shift` pixels; the border is repeated."""
+    shifts = [torch.randint(-shift, shift + 1, (len(x), 1)) for _ in range(2)]
     rows, columns = (
-        torch.arange(size) + torch.randint(-shift, shift + 1, (len(x), 1)) for size in x.shape[2:]
-    )
-    rows, columns = (
-        place.clamp(0, size - 1).to(x.device)
-        for place, size in zip((rows, columns), x.shape[2:], strict=True)
+        (torch.arange(size) + own).clamp(0, size - 1).to(x.device)
+        for size, own in zip(x.shape[2:], shifts, strict=True)
     )
     number = torch.arange(len(x), device=x.device)[:, None, None]
     return x.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)

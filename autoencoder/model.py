@@ -210,7 +210,7 @@ class CodeNeighbours(NamedTuple):
         """Codes (M, K) of classes y (M,) with noise of `level` standard deviations, at most 1.
 
         z <- m + sqrt(1 - level^2) (z - m) + level sum_j e_j (z_j - m) / sqrt(J) with the J nearest
-        codes z_j and their mean m: at level 1 nothing is left of z but where it lay.
+        codes z_j and their mean m: at level 1 z matters only by its neighbours.
         """
         varied = torch.empty_like(codes)
         for label in y.unique().tolist():

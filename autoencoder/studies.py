@@ -1,4 +1,4 @@
-"""What the codes of an autoencoder are worth: to classifiers, and to make new images of a class.
+"""Two uses of an autoencoder's codes: features for classifiers, and new images of a class.
 
 train.py calls these studies; each returns its part of metrics.json.
 """

@@ -1,12 +1,13 @@
 """A convolutional autoencoder on image sets X and Y, compared with PCA with as many components.
 
-Four questions: how well does it reconstruct, does one trained on X reconstruct Y, is its encoder
-worth anything to a classifier, and are decoded new codes new images of a class?
+Four questions: how well does it reconstruct, does one trained on X reconstruct Y, does its
+encoder help a classifier, and are decoded new codes new images of a class?
 
 Run it with `python autoencoder/train.py`, or `python autoencoder/train.py --code_size 64`.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def main() -> None:
         dataset=dataset,
         headline=headline(metrics, config),
         metrics=metrics,
-        use=f"python autoencoder/predict.py {run} PICTURE...",
+        use=f"python autoencoder/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
@@ -177,13 +178,15 @@ def load_pair(config: Config, device: torch.device) -> Pair:
         seed=config.seed,
     )
     for images in (pair.x, pair.y) if config.compare else (pair.x,):
-        there = f"{images.name} has {len(images.train.x)} images to train on"
-        if len(images.train.x) < config.code_size:
-            raise DataError(f"code_size: PCA needs as many images, {there}")
-        if images is pair.x and config.compare and len(images.train.x) < config.label_counts[-1]:
-            raise DataError(f"label_counts: expected at most all images, {there}")
-        if images is pair.x and config.compare and len(images.train.x) < max(config.added_labels):
-            raise DataError(f"added_labels: expected at most all images, {there}")
+        wanted = {"code_size": config.code_size}  # as many components of PCA
+        if images is pair.x and config.compare:
+            wanted["label_counts"] = config.label_counts[-1]
+            wanted["added_labels"] = max(config.added_labels)
+        there = len(images.train.x)
+        for key, count in wanted.items():
+            if count > there:
+                most = f"at most {there}, the training images of {images.name}"
+                raise DataError(f"{key}: expected {most}, found {count}")
     print(pair.note)
     return pair.to(device)
 

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -57,7 +58,7 @@ def load(
 ) -> Tweets:
     """The splits of `dataset`; `csv` is csv_file or, if that is not there, the one in data_dir.
 
-    Duplicates leave before the split, near-duplicates come into one part of it; of more than
+    Duplicates are removed before the split, near-duplicates stay in one part of it; of more than
     `most_tweets` tweets as many are drawn at random. Raises DataError, which names the file.
     """
     path, column, bad = SAMPLE, "content", []
@@ -148,23 +149,20 @@ def without_duplicates(texts: list[str]) -> list[str]:
 
 def near_duplicates(texts: list[str]) -> list[list[str]]:
     """Groups of texts that share ALIKE words in a row, directly or through others of the group."""
-    leader = list(range(len(texts)))  # of each text's group: its first text, or one on the way
+    from scipy.sparse import coo_matrix  # imported where it is used: it is slow
+    from scipy.sparse.csgraph import connected_components
 
-    def first(place: int) -> int:
-        while leader[place] != place:
-            leader[place] = place = leader[leader[place]]
-        return place
-
-    seen = {}
+    seen, pairs = {}, []
     for place, text in enumerate(texts):
         own = words(text)
-        for begin in range(len(own) - ALIKE + 1):
-            other = first(seen.setdefault(own[begin : begin + ALIKE], place))
-            low, high = sorted((other, first(place)))
-            leader[high] = low
+        runs = (own[begin : begin + ALIKE] for begin in range(len(own) - ALIKE + 1))
+        pairs += [(place, seen.setdefault(run, place)) for run in runs]
+    edges = np.array(pairs, dtype=int).reshape(-1, 2).T
+    graph = coo_matrix((np.ones(len(pairs)), edges), shape=(len(texts), len(texts)))
+    _, numbers = connected_components(graph, directed=False)
     groups = {}
-    for place, text in enumerate(texts):
-        groups.setdefault(first(place), []).append(text)
+    for number, text in zip(numbers, texts, strict=True):
+        groups.setdefault(number, []).append(text)
     return list(groups.values())
 
 

@@ -270,7 +270,7 @@ def evaluate(
 
 
 def evaluate_constant(logits: Tensor, masked: list[dict]) -> Tensor:
-    """The same of a model that always says the same, logits (vocabulary,)."""
+    """The same for a model with constant predictions, logits (vocabulary,)."""
     sums = no_sums(masked)
     for one in masked:
         labels = one["labels"][one["labels"] != IGNORE]
@@ -373,7 +373,7 @@ def kinds(text: str, spans: list[tuple[int, int]]) -> list[int]:
 
 
 def kind(word: str, token: str) -> str:
-    """The kind of a token of a word; a word is what stands between blanks."""
+    """The kind of a token of a word; words are separated by blanks."""
     word = word.lstrip("\"'\u201c\u2018(.-*").casefold()
     if word.startswith(("#", "@")):
         return "hashtag" if word[0] == "#" else "name"

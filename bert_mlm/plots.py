@@ -64,7 +64,7 @@ def draw(axes, rows: list[dict], key: str, label: str, color: str, style: str = 
 def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
     """Top-1 and top-5 accuracy on test, over all masked tokens, and top-1 by kind of word.
 
-    The bars of top-1 bear 95% intervals over the tweets.
+    The bars of top-1 have 95% intervals over the tweets.
     """
     styles = {name: style for name, style in STYLES.items() if name in scores}
     figure, (left, right) = plt.subplots(
@@ -100,7 +100,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
 
 def plot_gaps(sections: dict[str, list[dict]], title: str, path: Path) -> None:
     """Sentences with a gap, by section, and the five best fillings before and after; the word that
-    stood there is framed.
+    was there is framed.
     """
     lines = sum(1 + 2 * len(rows) for rows in sections.values())
     figure, axes = plt.subplots(figsize=(9, 0.3 * lines + 0.9), layout="constrained")
@@ -123,7 +123,7 @@ def plot_gaps(sections: dict[str, list[dict]], title: str, path: Path) -> None:
 
 
 def sentence(row: dict, most: int = 100) -> str:
-    """On one line, the gap with the word that stood there, cut off far from it."""
+    """On one line, the gap with the word that was there, shortened on both sides."""
     gap = f"____({row['word'][:40]})" if row["word"] else "____"
     before, after = (" ".join(part.split()) for part in row["text"])
     side = (most - len(gap)) // 2

@@ -1,4 +1,4 @@
-"""A run's BERT used on your own texts: what belongs into a gap, and how surprising a text is.
+"""A run's BERT used on your own texts: words for a gap, and how surprising a text is.
 
     python bert_mlm/predict.py RUN "We need [MASK] and blankets."
     python bert_mlm/predict.py RUN texts.txt more.csv --text_column text
@@ -113,7 +113,7 @@ def to_tokens(tokenizer, text: str, saved: dict, bad: list[str]) -> list[int]:
         bad.append(f"'{shorten(text)}' (no word in it)")
         return []
     if tokens.count(tokenizer.mask_token_id) < gaps:
-        bad.append(f"'{shorten(text)}' (a gap lies behind {saved['max_length']} tokens)")
+        bad.append(f"'{shorten(text)}' (a gap comes after {saved['max_length']} tokens)")
         return []
     return tokens
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -215,7 +216,7 @@ def main() -> None:
         dataset=tweets.name,
         headline=headline(trials),
         metrics=metrics,
-        use=f'python bert_mlm/predict.py {run} "We need [MASK] and blankets."',
+        use=f'python bert_mlm/predict.py {shlex.quote(str(run))} "We need [MASK] and blankets."',
     )
 
 
@@ -269,7 +270,7 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
 
 
 def small_bert_folder(config: Config) -> Path:
-    """Where the small BERT lies or will lie, by all that decides its weights."""
+    """The folder of the small BERT, named after all that decides its weights."""
     settings = (
         config.seed,
         config.max_length,
@@ -597,11 +598,9 @@ def chosen_gaps(gaps: list[dict], seed: int) -> dict[str, list[dict]]:
     """Three for which fine-tuning raised the word's probability most, three at random."""
     gain = [gap["log_prob"]["after"] - gap["log_prob"]["before"] for gap in gaps]
     order = sorted(range(len(gaps)), key=gain.__getitem__, reverse=True)
-    rest = [
-        order[3:][i]
-        for i in torch.randperm(len(order[3:]), generator=torch.Generator().manual_seed(seed))
-    ]
-    parts = {"improved most": order[:3], "at random": rest[:3]}
+    best, rest = order[:3], order[3:]
+    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:3]
+    parts = {"improved most": best, "at random": [rest[place] for place in drawn]}
     return {name: [gaps[place] for place in own] for name, own in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: a network, its T stochastic forward passes, and what they are worth.
+"""Monte Carlo dropout: a network, its T stochastic forward passes, and their scores.
 
 Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation: Representing Model Uncertainty in
 Deep Learning". A network trained with dropout is an approximate posterior q(W) over weights W; one
@@ -26,7 +26,7 @@ CHUNK_IMAGES, CHUNK_PASSES = 200, 20  # computed at once
 def make_cnn(
     *, channels: int, classes: int, widths: tuple[int, ...], hidden: int, dropout: float
 ) -> nn.Sequential:
-    """Class logits (N, classes) from images (N, channels, H, W) in [0, 1], H and W at will."""
+    """Class logits (N, classes) from images (N, channels, H, W) in [0, 1] of any H and W."""
     layers = []
     for inputs, width in zip((channels, *widths[:-1]), widths, strict=True):
         layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
@@ -63,7 +63,7 @@ def split_network(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
 
     Raises ValueError without a dropout, or if batch normalisation comes after one: its running
     statistics are those of activations with dropout, so a network with dropout off would be
-    judged with wrong ones (Li et al. 2019, "variance shift").
+    evaluated with wrong ones (Li et al. 2019, "variance shift").
     """
     modules = list(network.modules())
     places = [place for place, module in enumerate(modules) if drops(module)]
@@ -149,6 +149,11 @@ def pass_numbers(logits: Tensor) -> Tensor:
 def entropy(log_probs: Tensor) -> Tensor:
     """H(p) (...) in nats from log-probabilities (..., C)."""
     return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def log_mean(log_probs: Tensor) -> Tensor:
+    """log mean_t p_t (...) from log-probabilities (T, ...)."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def mutual_information(log_probs: Tensor) -> Tensor:
@@ -265,8 +270,8 @@ def acquire(method: str, network: nn.Sequential, x: Tensor, count: int, seed: in
         return nearest_to_centres(standard_logits(network[:-1], x), count, seed)
     if method in ("bald", "mc_entropy"):
         log_probs = mc_logits(network, x, passes=50, seed=seed).double().log_softmax(-1)
-        mean = log_probs.logsumexp(0) - math.log(len(log_probs))
-        worth = mutual_information(log_probs) if method == "bald" else entropy(mean)
+        bald = method == "bald"
+        worth = mutual_information(log_probs) if bald else entropy(log_mean(log_probs))
     else:
         log_probs = standard_logits(network, x).double().log_softmax(-1)
         first, second = log_probs.exp().topk(2).values.unbind(1)

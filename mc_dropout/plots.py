@@ -28,50 +28,49 @@ def plot_worth(metrics: dict, risks: dict[str, Tensor], title: str, path: Path) 
     `risks` holds the error rate (R, N) among the most certain images, by measure and run.
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    test, at = metrics["test"], metrics["report_passes"] - 1
-    for number, side in enumerate(name for name in NAMES if name in test):
-        for place, method in enumerate((side, f"{side}_tempered")):
-            mean, sd = (np.atleast_1d(test[method]["nll"][key]) for key in ("mean", "sd"))
-            mean, sd = (values[min(at, len(values) - 1)] for values in (mean, sd))
-            bar = left.bar(
-                place + 0.4 * number - 0.2, mean, 0.36, yerr=sd, color=COLORS[side], capsize=3
-            )
-            left.bar_label(bar, fmt="%.3f", fontsize=8)
-            if place == 0:
-                bar.set_label(NAMES[side])
-    if "ensemble" in metrics:
-        for place, key in enumerate(("plain", "tempered")):
-            value = metrics["ensemble"][key]["nll"]
-            left.plot(place + np.array([-0.4, 0.4]), [value] * 2, "k:")
-        left.plot([], [], "k:", label=f"ensemble of the {metrics['ensemble']['networks']} networks")
-    left.set_xticks([0, 1], ["as they are", "with a temperature"])
-    left.set_ylabel("test NLL (nats)")
-    left.margins(y=0.45)  # room for the legend
-    left.legend(loc="upper right", fontsize=8)
-    for kind, values in risks.items():
+    draw_nll(left, metrics)
+    for number, (kind, values) in enumerate(risks.items()):
         label, color, style = MEASURES[kind]
         coverage = 100 * np.arange(1, values.shape[1] + 1) / values.shape[1]
-        error = 100 * values.mean(0).numpy()
-        middle.plot(coverage, error, style, color=color, label=label)
+        middle.plot(coverage, 100 * values.mean(0).numpy(), style, color=color, label=label)
+        found = [kinds[kind] for kinds in metrics["auroc"].values()]
+        mean, sd = ([one[key] for one in found] for key in ("mean", "sd"))
+        look = {"color": color, "alpha": 0.8, "hatch": "///" if style == "--" else None}
+        at = np.arange(len(found)) + 0.27 * (number - 1)
+        right.bar(at, mean, 0.25, yerr=sd, label=label, **look)
     middle.set(xlabel="images answered, the most certain first (%)", ylabel="error rate (%)")
     middle.set_ylim(bottom=0)
-    groups = metrics["auroc"]
-    for number, kind in enumerate(risks):
-        label, color, style = MEASURES[kind]
-        found = [groups[name][kind] for name in groups]
-        hatch = "///" if style == "--" else None
-        at = np.arange(len(found)) + 0.27 * (number - 1)
-        errors = [one["sd"] for one in found]
-        values = [one["mean"] for one in found]
-        right.bar(at, values, 0.25, yerr=errors, color=color, alpha=0.8, hatch=hatch, label=label)
     right.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    right.set_xticks(range(len(groups)), list(groups))
+    right.set_xticks(range(len(metrics["auroc"])), list(metrics["auroc"]))
     right.set(ylabel="AUROC of strange images", ylim=(0.4, 1))
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.suptitle(f"{title}: mean and sd of {metrics['runs']} runs")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_nll(axes: plt.Axes, metrics: dict) -> None:
+    """Test NLL of each side after report_passes, as it is and with a temperature."""
+    test, at = metrics["test"], metrics["report_passes"] - 1
+    for number, side in enumerate(name for name in NAMES if name in test):
+        own, tempered = test[side]["nll"], test[f"{side}_tempered"]["nll"]
+        heights, errors = (
+            (np.ravel(own[key])[: at + 1][-1], tempered[key]) for key in ("mean", "sd")
+        )
+        places = np.arange(2) + 0.4 * number - 0.2
+        look = {"color": COLORS[side], "capsize": 3, "label": NAMES[side]}
+        axes.bar_label(axes.bar(places, heights, 0.36, yerr=errors, **look), fmt="%.3f", fontsize=8)
+    if "ensemble" in metrics:
+        label = f"ensemble of the {metrics['ensemble']['networks']} networks"
+        for place, key in enumerate(("plain", "tempered")):
+            value = metrics["ensemble"][key]["nll"]
+            axes.plot(place + np.array([-0.4, 0.4]), [value] * 2, "k:", label=label)
+            label = None  # one entry in the legend
+    axes.set_xticks([0, 1], ["as they are", "with a temperature"])
+    axes.set_ylabel("test NLL (nats)")
+    axes.margins(y=0.45)  # room for the legend
+    axes.legend(loc="upper right", fontsize=8)
 
 
 def plot_passes(metrics: dict, title: str, path: Path) -> None:
@@ -130,7 +129,7 @@ def plot_rotation(
     figure = plt.figure(figsize=(9, 5.6), layout="constrained")
     rows = figure.subfigures(3, 1, height_ratios=(1, 3.0, 3.0))
     for panel, image in zip(rows[0].subplots(1, len(angles)), x, strict=True):
-        panel.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        panel.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         panel.axis("off")
     jitter = np.random.default_rng(0).uniform(-4, 4, mc.shape[:2])
     for row, pair in zip(rows[1:], (shown[:2], shown[2:]), strict=True):
@@ -174,7 +173,7 @@ def plot_reliability(
         hit = predicted == y.numpy()
         number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         count = np.bincount(number.ravel(), minlength=BINS)
-        full = count >= 10  # fewer images say nothing
+        full = count >= 10  # fewer are only noise
         mean = [
             np.bincount(number.ravel(), part.ravel(), BINS)[full] / count[full]
             for part in (confidence, hit)
@@ -203,7 +202,7 @@ def plot_certainty(
         panel.set_yticks([])
     for panel, number in zip(panels.flat, chosen, strict=False):
         predicted = int(probs[number].argmax())
-        panel.imshow(x[number].permute(1, 2, 0).squeeze(-1), cmap="gray")
+        panel.imshow(x[number].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         color = "black" if predicted == y[number] else "red"
         text = f"{classes[predicted]} ({probs[number].max():.0%})\ntrue {classes[y[number]]}"
         panel.set_title(plain_text(text), fontsize=8, color=color)

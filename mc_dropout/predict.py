@@ -25,7 +25,7 @@ SHOWN = 8  # pictures of each kind
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    help_text = "light pictures of dark ink turned round, as MNIST's digits are light on black"
+    help_text = "invert pictures of dark ink on light paper: MNIST's digits are light on black"
     parser.add_argument("--invert", action="store_true", help=help_text)
     parser.add_argument("--batch_size", type=int, default=100, help="pictures at once (100)")
     given, saved, folder, device = start_predict(parser)

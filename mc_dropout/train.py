@@ -6,7 +6,7 @@ leaves it on and averages the probabilities of 1..T passes of the same weights.
 Run it with `python mc_dropout/train.py`, or `python mc_dropout/train.py --train_images 400`.
 """
 
-import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ from model import (
     average_probs,
     best_temperature,
     entropy,
+    log_mean,
     make_cnn,
     mc_logits,
     mean_and_sd,
@@ -118,7 +119,7 @@ class Config:
 
 
 class Answers(NamedTuple):
-    """What a network says of some images."""
+    """The predictions of a network for some images."""
 
     log_probs: dict[str, Tensor]  # [method] (N, C); of MC dropout after report_passes
     uncertainty: dict[str, Tensor]  # [measure] (N,) in nats
@@ -126,7 +127,7 @@ class Answers(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one run's network says; logits become scores here, so little is kept."""
+    """Scores of one run's network; logits are not kept."""
 
     scores: dict[str, dict[str, dict[str, Tensor]]]  # [split][method][score]: () or (T,)
     risks: dict[str, Tensor]  # [uncertainty] (N,) by coverage, on test images
@@ -159,7 +160,7 @@ def main() -> None:
         dataset=data.name,
         headline=headline(metrics, config),
         metrics=metrics,
-        use=f"python mc_dropout/predict.py {run} PICTURE...",
+        use=f"python mc_dropout/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
@@ -178,8 +179,8 @@ def load_data(config: Config, device: torch.device) -> Data:
         wanted["active_pool"] = config.active_pool
     for key, count in wanted.items():
         if count > len(data.train.x):
-            there = f"{data.name} has only {len(data.train.x)} images to train on"
-            raise DataError(f"{key}: {there}, not {count}")
+            most = f"at most {len(data.train.x)}, the training images of {data.name}"
+            raise DataError(f"{key}: expected {most}, found {count}")
     print(data.note)
     return data.to(device)
 
@@ -265,7 +266,7 @@ def evaluate(network: nn.Module, val: Images, config: Config) -> dict[str, float
 def answer(
     network: nn.Sequential, x: Tensor, y: Tensor | None, config: Config, number: int
 ) -> Answers:
-    """What the network of run `number` says of uint8 images, with dropout on and off."""
+    """The predictions of run `number` for uint8 images, with dropout on and off."""
     x, seed, at = as_float(x), 1000 * config.seed + number, config.report_passes
     logits = mc_logits(network, x, passes=config.passes, seed=seed).double()
     probs = average_probs(logits)
@@ -323,10 +324,7 @@ def tempered(log_probs: dict[str, Tensor], data: Data) -> dict[str, Tensor]:
 def assess_ensemble(outcomes: list[Outcome], data: Data) -> dict:
     """A deep ensemble of all runs' networks with dropout off: what MC dropout approximates."""
     members = [one.log_probs["standard"] for one in outcomes]
-    mean = {
-        part: torch.stack([one[part] for one in members]).logsumexp(0) - math.log(len(members))
-        for part in members[0]
-    }
+    mean = {part: log_mean(torch.stack([one[part] for one in members])) for part in members[0]}
     y = data.test.y.cpu()
     inside = entropy(mean["test"])
     return {
@@ -367,24 +365,26 @@ def summarise(outcomes: list[Outcome], config: Config) -> dict:
 
 
 def uncertainty_numbers(outcomes: list[Outcome]) -> dict:
-    """risk: error rate over all coverages, by the measure of uncertainty; auroc of strange images;
-    for each measure also what it has more than the entropy of standard dropout, in pairs.
+    """By measure; risk: error rate over all coverages, auroc: of strange images."""
+    risk = [{kind: risks.mean() for kind, risks in one.risks.items()} for one in outcomes]
+    strange = {name: [one.auroc[name] for one in outcomes] for name in outcomes[0].auroc}
+    auroc = {name: compare_measures(of_runs) for name, of_runs in strange.items()}
+    return {"risk": {"test": compare_measures(risk)}, "auroc": auroc}
+
+
+def compare_measures(of_runs: list[dict]) -> dict:
+    """Mean and standard deviation of each measure over the runs, and what it has more than the
+    entropy of standard dropout, in pairs.
     """
-    tables = {"risk": [{"test": {k: r.mean() for k, r in one.risks.items()}} for one in outcomes]}
-    tables["auroc"] = [one.auroc for one in outcomes]
-    numbers = {}
-    for name, table in tables.items():
-        numbers[name] = {}
-        for part, kinds in table[0].items():
-            values = {k: torch.tensor([float(one[part][k]) for one in table]) for k in kinds}
-            values = {kind: value.double() for kind, value in values.items()}
-            found = {kind: plain(mean_and_sd(value)) for kind, value in values.items()}
-            if "standard_entropy" in values:
-                for kind, value in values.items():
-                    more = paired_difference(value, values["standard_entropy"])
-                    found[kind]["minus_standard"] = plain(more)
-            numbers[name][part] = found
-    return numbers
+    values = {
+        kind: torch.tensor([float(one[kind]) for one in of_runs]).double() for kind in of_runs[0]
+    }
+    found = {kind: plain(mean_and_sd(value)) for kind, value in values.items()}
+    if "standard_entropy" in values:
+        for kind, value in values.items():
+            more = paired_difference(value, values["standard_entropy"])
+            found[kind]["minus_standard"] = plain(more)
+    return found
 
 
 def plain(numbers: dict[str, Tensor]) -> dict[str, float | list[float]]:
@@ -481,7 +481,7 @@ def ask(method: str, data: Data, config: Config, run: Path, seed: int) -> list[d
 
 
 def time_passes(network: nn.Sequential, x: Tensor) -> dict[str, float]:
-    """Seconds per 10,000 images: medians of three goes at 2,000 test images, repeated if fewer."""
+    """Seconds per 10,000 images: medians of three timings of 2,000 test images, some repeated."""
     x = as_float(x[torch.arange(2000, device=x.device) % len(x)])
     calls = {"standard": lambda: standard_logits(network, x)}
     for passes in (1, 10, 100):

@@ -8,10 +8,12 @@ blobs     Gaussian clouds of any number of points
 """
 
 import csv
+import math
 import os
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -238,22 +240,19 @@ def read_numbers(
 
 def why_not_numbers(path: Path, names: list[str]) -> dict[str, str]:
     """Why columns cannot be features: nameless (as the index that pandas writes), text, empty."""
-    header, reasons, found = read_header(path), {}, set()
+    header, reasons, found = read_header(path), {}, Counter()
     for name in names:
         if not name or re.fullmatch(r"Unnamed: \d+", name):
             reasons[name] = "left out, as it has no name"
     rows = read_lines_of_csv(path)
     next(rows)
     for line, row in rows:
-        for name in names:
-            if name in reasons:
-                continue
+        for name in [name for name in names if name not in reasons]:
             try:
-                if number(text := row[header.index(name)]) == number(text):  # not nan
-                    found.add(name)
+                found[name] += not math.isnan(number(row[header.index(name)]))
             except ValueError as error:
                 reasons[name] = f"left out, as line {line} holds {error}"
-    empty = [name for name in names if name not in reasons and name not in found]
+    empty = [name for name in names if name not in reasons and not found[name]]
     return reasons | dict.fromkeys(empty, "left out, as it holds nothing")
 
 

@@ -54,7 +54,7 @@ def weighted_gini(counts: np.ndarray) -> np.ndarray:
     return labelled - (counts**2).sum(1) / np.where(labelled > 0, labelled, 1)
 
 
-def join_change(labelled, squares, same, weight=1.0):
+def join_change(labelled, squares, same, weight):
     """By how much equation 2 rises if a point of this weight joins a cluster.
 
     The cluster's m_k is `labelled`, its sum_j m_kj^2 `squares`, and `same` its weight of the
@@ -82,48 +82,48 @@ def count_labels(own: np.ndarray, y: np.ndarray, w: np.ndarray, shape: tuple) ->
     return np.bincount(own * shape[1] + y, w, shape[0] * shape[1]).reshape(shape)
 
 
+def move_changes(costs, y, w, own, counts, pull: float) -> np.ndarray:
+    """By how much s W J changes (M, K) if a point i alone moves from its cluster a to b:
+
+        w_i (costs_ib - costs_ia) + pull (join_b - join_a)                                      (3)
+
+    with the join_change of b, and of a without i; see move_labelled.
+    """
+    rows, labelled, squares = np.arange(len(y)), counts.sum(1), (counts**2).sum(1)
+    join = join_change(labelled, squares, counts.T[y], w[:, None])
+    same, left = counts[own, y] - w, squares[own] - w * (2 * counts[own, y] - w)
+    leave = join_change(labelled[own] - w, left, same, w)
+    change = w[:, None] * (costs - costs[rows, own][:, None]) + pull * (join - leave[:, None])
+    change[rows, own] = 0
+    return change
+
+
 def move_labelled(costs, y, w, own, counts, pull: float) -> np.ndarray:
     """The clusters (M,) of labelled points after moves that each lower (1), until none does.
 
     `costs` (M, K) are distances up to a constant per point, `y`, `w` and `own` (M,) classes,
-    weights and clusters, `counts` (K, C) the labelled weight of all points; `pull` is alpha s. A
-    move of point i from a to b changes s W J by
-
-        w_i (costs_ib - costs_ia) + pull (join_b - join_a)                                      (3)
-
-    with the join_change of b, and of a without i: O(K) for all b. Points are sifted all at once.
-    If many would gain, all go where distance plus tangent is least; else those that would gain are
-    taken in the order of their gain and seen again one by one, as the counts change.
+    weights and clusters, `counts` (K, C) the labelled weight of all points; `pull` is alpha s.
+    Equation (3) is computed for all points at once. If many would gain, all go where distance plus
+    tangent is least; else those that would gain are examined again one by one, in the order of
+    their gain, as the counts change.
     """
-    own, counts, rows = own.copy(), counts.copy(), np.arange(len(y))
+    own, counts = own.copy(), counts.copy()
     least = 1e-12 * w * (np.abs(costs).max(initial=0) + pull)  # a smaller change is rounding
-
-    def changes(i, a, j):
-        """Equation 3 for points i (n,) of clusters a and classes j, and all b: (n, K)."""
-        labelled, squares, weight = counts.sum(1), (counts**2).sum(1), w[i][:, None]
-        join = join_change(labelled, squares, counts.T[j], weight)
-        same, left = counts[a, j] - w[i], squares[a] - w[i] * (2 * counts[a, j] - w[i])
-        leave = join_change(labelled[a] - w[i], left, same, w[i])
-        own_costs = costs[i, a][:, None]
-        change = weight * (costs[i] - own_costs) + pull * (join - leave[:, None])
-        change[np.arange(len(a)), a] = 0
-        return change
-
     while True:
-        gain = -changes(rows, own, y).min(1)
+        gain = -move_changes(costs, y, w, own, counts, pull).min(1)
         gainers = np.flatnonzero(gain > least)
+        if not len(gainers):
+            return own
         if len(gainers) > MANY:
             to = (costs + pull * tangent(counts).T[y]).argmin(1)
             if (to != own).any():
-                shape = counts.shape
-                before = count_labels(own, y, w, shape)
-                counts += count_labels(to, y, w, shape) - before
+                of = (y, w, counts.shape)
+                counts += count_labels(to, *of) - count_labels(own, *of)
                 own = to
                 continue
-        if not len(gainers):
-            return own
         for i in gainers[np.argsort(-gain[gainers], kind="stable")]:
-            (change,) = changes(np.array([i]), own[i : i + 1], y[i : i + 1])
+            one = slice(i, i + 1)
+            (change,) = move_changes(costs[one], y[one], w[one], own[one], counts, pull)
             b = change.argmin()
             if change[b] < -least[i]:
                 counts[own[i], y[i]] -= w[i]
@@ -251,8 +251,8 @@ def cluster_sums(points: Tensor, w: Tensor, own: Tensor, clusters: int) -> np.nd
         return sums.index_add_(0, own, rows).cpu().numpy()
     few = max(512, TABLE // 8 // points.shape[1])
     if len(own) > few:  # float64 takes more memory
-        pieces = slices(len(own), few)
-        return sum(cluster_sums(points[i], w[i], own[i], clusters) for i in pieces)
+        parts = slices(len(own), few)
+        return sum(cluster_sums(points[i], w[i], own[i], clusters) for i in parts)
     weights, numbers = w.double().numpy(), own.numpy()
     if len(own) * clusters <= 2**14:
         member = (np.arange(clusters)[:, None] == numbers) * weights
@@ -325,10 +325,10 @@ class Descent:
     (K, C), are kept in float64 and change only by the points that move. So does the objective, in
     O(K (D + C)), if distances are squared.
 
-    Once few points move, a point is looked at again only if the centres may have moved so far that
+    Once few points move, a point is examined again only if the centres may have moved so far that
     another could be its nearest (bounds of Hamerly 2010): `path` (K,) is how far a cluster's centre
-    and the farthest moving other have come, `due` (N,) the path at which a point has to be looked
-    at. Labelled points, which step 3 moves, are never due.
+    and the farthest moving other have come, `due` (N,) the path at which a point has to be
+    examined. Labelled points, which step 3 moves, are never due.
     """
 
     def __init__(self, points, centres, alpha, unit, *, constant=0.0, plain=False, own=None):
@@ -348,7 +348,7 @@ class Descent:
         self.sum_up()
 
     def sum_up(self) -> None:
-        """All sums anew; points without a cluster join the nearest."""
+        """Compute all sums; points without a cluster join the nearest."""
         first, (clusters, features) = self.own is None, self.centres.shape
         if first:
             self.own = torch.zeros(len(self.points), dtype=torch.int32, device=self.due.device)
@@ -392,7 +392,7 @@ class Descent:
         return moved
 
     def late(self) -> list[slice | Tensor]:
-        """The points that have to be looked at again, in parts; all if that is not much more."""
+        """The points that have to be examined again, in parts; all if that is not much more."""
         if self.bounded:
             path, late = torch.from_numpy(self.path).to(self.due), []
             for rows in slices(len(self.points), 2**18):
@@ -464,7 +464,7 @@ class Descent:
         self.settled &= not steps.any()
 
     def fill_empty(self) -> None:
-        """Empty clusters start anew at the point farthest from its centre.
+        """Move the centres of empty clusters to the points farthest from their centres.
 
         Its distance vanishes, and a cluster that is split is not less pure, so the objective falls.
         A cluster stays empty where all other points lie on their centres (duplicates).
@@ -608,8 +608,10 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         """The fit of the lowest objective; of many rows, the starts are tried on a sample."""
         tried = self.draw_sample(points, generator)
         self.unit_ = self.unit_of(points)
-        starts = 1 if self.one_start() else self.n_init
-        fits = [self.descend(tried, None, generator) for _ in range(starts)]
+        drawn = isinstance(self.init, str) and (
+            self.init == "k-means++" or self.clusters_ > len(self.classes_)
+        )  # otherwise all starts are the same
+        fits = [self.descend(tried, None, generator) for _ in range(self.n_init if drawn else 1)]
         self.n_iter_total_ = sum(len(fit.history) for fit in fits)
         best = min(fits, key=Descent.objective)
         if tried is not points:
@@ -658,27 +660,24 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         return descent
 
     def descend_pooled(self, points: Points, start: tuple | None, generator) -> Descent:
-        """Cluster in whitened coordinates, then estimate the covariance anew, in turn.
+        """Cluster in whitened coordinates and estimate the covariance, alternately.
 
         With W the clusters' covariance and V the features' variances, S = W + shrinkage V is the
-        minimum of tr(S^-1 (W + shrinkage V)) + log det S, so that neither step raises J.
+        minimum of tr(S^-1 (W + shrinkage V)) + log det S, so neither step raises J.
         """
         scatter, prior = self.scatter(points)
+        own, history, previous = None, [], np.inf
         if start is None:
-            covariance = self.labelled_covariance(points, scatter) + prior
-            centres = own = None
+            centres, covariance = None, self.labelled_covariance(points, scatter) + prior
         else:
-            covariance = np.linalg.inv(start[1] @ start[1].T)
-            centres, own = start[0] @ np.linalg.inv(start[1]), None
-        history, previous = [], np.inf
+            centres, whiten = start
+            centres = centres @ np.linalg.inv(whiten)
+            covariance = np.linalg.inv(whiten @ whiten.T)
         for _ in range(ROUNDS):
             whiten, constant = whitening(covariance, prior)
             seen = points.seen_by(self.shift_, torch.from_numpy(whiten))
-            at = (
-                self.start(seen, generator)
-                if centres is None
-                else torch.from_numpy(centres @ whiten)
-            )
+            first = centres is None
+            at = self.start(seen, generator) if first else torch.from_numpy(centres @ whiten)
             descent = Descent(seen, at, self.alpha, self.unit_, constant=constant, own=own)
             history += descent.run(self.max_iter, self.tol)
             objective, own = descent.objective(), descent.own
@@ -710,12 +709,6 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
                 gap = x - np.average(x, axis=0, weights=w)
                 scatter, weight = scatter + (gap.T * w) @ gap, weight + w.sum()
         return scatter / weight
-
-    def one_start(self) -> bool:
-        """Whether all starts would be the same."""
-        if isinstance(self.init, str):
-            return self.init == "labelled" and self.clusters_ <= len(self.classes_)
-        return True
 
     def start(self, points: Points, generator: torch.Generator) -> Tensor:
         """Centres (K, D); of more classes than clusters, those with most labels have one."""
@@ -789,7 +782,7 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
                 raise ValueError(f"init: expected {shape} centres, all of them finite")
 
     def keep(self, descent: Descent, x) -> None:
-        like, whiten = x if isinstance(x, Tensor) else None, descent.whiten
+        whiten = descent.whiten
         self.objective_, self.impurity_ = descent.objective(), descent.impurity()
         self.history_, self.n_iter_ = descent.history, len(descent.history)  # of the best start
         self.whiten_ = None if whiten is None else torch.from_numpy(whiten)
@@ -797,8 +790,8 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         self.centres_ = torch.from_numpy(descent.centres)  # in the clusters' coordinates
         centres = descent.centres if whiten is None else descent.centres @ np.linalg.inv(whiten)
         centres = torch.from_numpy(centres + self.shift_.numpy()).to(descent.points.x.dtype)
-        self.cluster_centers_ = give(centres.numpy(), like)
-        self.labels_ = give(descent.own.cpu().numpy(), like)
+        self.cluster_centers_ = give(centres.numpy(), x)
+        self.labels_ = give(descent.own.cpu().numpy(), x)
         self.label_clusters(descent.counts, descent.centres)
 
     def label_clusters(self, counts: np.ndarray, centres: np.ndarray) -> None:
@@ -862,18 +855,21 @@ class ClusterThenLabel(ClassifierMixin, ClusterMixin, BaseEstimator):
         """The cluster (N,) with the nearest centre."""
         return give(self.nearest(x)[0], x)
 
-    def predict_proba(self, x):
-        """Shares (N, C) of the classes `classes_` among the labelled points of x's clusters."""
+    def cluster_with_class(self, x) -> np.ndarray:
+        """As `cluster`. Raises ValueError if no point of fit was labelled."""
         clusters, _ = self.nearest(x)
         if not len(self.classes_):
             raise ValueError("predict: no point was labelled, so that clusters have no classes")
+        return clusters
+
+    def predict_proba(self, x):
+        """Shares (N, C) of the classes `classes_` among the labelled points of x's clusters."""
+        clusters = self.cluster_with_class(x)
         return give(self.cluster_probs_[clusters], x)
 
     def predict(self, x):
         """The most frequent class (N,) in the cluster; of equally frequent ones the first."""
-        clusters, _ = self.nearest(x)
-        if not len(self.classes_):
-            raise ValueError("predict: no point was labelled, so that clusters have no classes")
+        clusters = self.cluster_with_class(x)
         return give(self.classes_[self.cluster_probs_.argmax(1)][clusters], x)
 
     def score(self, x, y, sample_weight=None) -> float:
@@ -923,10 +919,8 @@ def give(array: np.ndarray, like):
 
 def is_unlabelled(y: np.ndarray) -> np.ndarray:
     """Where y (N,) is -1, NaN or None."""
-    if y.dtype.kind == "f":
-        return np.isnan(y) | (y == -1)
-    if y.dtype.kind in "iu":
-        return y == -1
+    if y.dtype.kind in "fiu":
+        return (y == -1) | (y != y)
     if y.dtype.kind != "O":
         return np.zeros(len(y), dtype=bool)
     unknown = getattr(sys.modules.get("pandas"), "NA", None)

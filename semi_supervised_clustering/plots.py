@@ -135,9 +135,9 @@ def plot_objective(history: list[dict], title: str, path: Path) -> None:
         (0.17, "after_move", "after step 3", METHOD),
     ):
         top.plot(count + shift, [row[key] for row in history], "o", color=color, label=label)
-    anew = [n for n in count[1:] if history[n - 1]["before"] < history[n - 2]["after_centres"]]
-    for number, n in enumerate(anew):  # with the pooled metric, between two descents
-        label = "covariance estimated anew" if number == 0 else None
+    again = [n for n in count[1:] if history[n - 1]["before"] < history[n - 2]["after_centres"]]
+    for number, n in enumerate(again):  # with the pooled metric, between two descents
+        label = "covariance estimated again" if number == 0 else None
         top.axvline(n - 0.5, color="tab:blue", linestyle=":", linewidth=1, label=label)
     top.set(ylabel="objective J")
     figure.suptitle(title)

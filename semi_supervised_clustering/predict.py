@@ -3,7 +3,7 @@
 `python semi_supervised_clustering/predict.py RUN TABLE.csv` writes predictions.csv into a new
 folder: per row its file, its number (from 0), cluster, class, probability (the class's share among
 the cluster's labelled points) and distance to the cluster's centre. Tables of any length are read
-in batches; rows that lack a feature are counted, and the rest goes on.
+in batches; rows that lack a feature are counted and get no answer.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import resource
 import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ def main() -> None:
         metrics |= summarise(compare(table, config, run, device))
         metrics["by_alpha"] = by_alpha(table, config, run, device)
     if config.scale_study:
-        metrics["timing"]["scale"] = time_beside_sklearn(config, device)
+        metrics["timing"]["scale"] = compare_speed(config, device)
     write_predictions(run / "predictions.csv", table, shown)
     plot_results(metrics, table, shown, config, run)
     save_model(shown, table, config, run)
@@ -377,7 +377,7 @@ def others(part: Split) -> dict[str, dict]:
         "nearest_mean": NearestCentroid(),
     }
     scores = {}
-    with warnings.catch_warnings():  # constant features, a graph that falls apart, few labels
+    with warnings.catch_warnings():  # constant features, a disconnected graph, few labels
         warnings.simplefilter("ignore")
         models["mixture"].fit(x)
         models["spreading"].fit(x, given)
@@ -411,8 +411,7 @@ def summarise(results: dict[int, list[dict]]) -> dict:
         paired[str(count)] = {
             name: spread([row[f"{ours}_accuracy"] - row[f"{name}_accuracy"] for row in rows])
             for name in names
-            if (ours := "ours" + name.lstrip("abcdefghijklmnopqrstuvwxyz_")) in names
-            and name != ours
+            if (ours := re.sub(r"^\D*", "ours", name)) in names and name != ours
         }
     return {"by_labels": by_labels, "ours_minus": paired}
 
@@ -446,8 +445,8 @@ def by_alpha(table: Table, config: Config, run: Path, device: torch.device) -> d
 # --- scale ------------------------------------------------------------------------------------
 
 
-def time_beside_sklearn(config: Config, device: torch.device) -> dict:
-    """Seconds of whole fits until nothing changes, ours and scikit-learn's KMeans in turn.
+def compare_speed(config: Config, device: torch.device) -> dict:
+    """Seconds of whole fits until nothing changes, ours and scikit-learn's KMeans alternately.
 
     By size "points x features x clusters": from the same random points, and from k-means++; ours
     with and without labels. `dispersion` are sums of squared distances by points.
@@ -488,17 +487,23 @@ def time_one_size(sizes: str, config: Config, device: torch.device) -> dict:
         "ours_alpha_0_kmeans++": partial(ours, 0.0, init="k-means++"),
         "ours_labelled": partial(ours, config.alpha),
     }
-    numbers = {name: {"seconds": [], "processor_seconds": []} for name in fits}
-    for _ in range(3):
-        for name, fit in fits.items():
-            began, worked = time.perf_counter(), time.process_time()
-            numbers[name]["iterations"], numbers[name]["dispersion"] = fit()
-            numbers[name]["seconds"].append(time.perf_counter() - began)
-            numbers[name]["processor_seconds"].append(time.process_time() - worked)
-    for each in numbers.values():
-        each |= {key: median(each[key]) for key in ("seconds", "processor_seconds")}
+    numbers = time_fits(fits)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"fits": numbers, "threads": torch.get_num_threads(), "peak_gigabytes": peak}
+
+
+def time_fits(fits: dict[str, Callable[[], tuple[int, float]]]) -> dict[str, dict]:
+    """Iterations and dispersion of each fit, and its seconds, medians of three alternate runs."""
+    times, numbers = {name: [] for name in fits}, {}
+    for name, fit in 3 * list(fits.items()):
+        began, worked = time.perf_counter(), time.process_time()
+        iterations, dispersion = fit()
+        times[name].append((time.perf_counter() - began, time.process_time() - worked))
+        numbers[name] = {"iterations": iterations, "dispersion": dispersion}
+    for name, pairs in times.items():
+        seconds, processor_seconds = map(median, zip(*pairs, strict=True))
+        numbers[name] |= {"seconds": seconds, "processor_seconds": processor_seconds}
+    return numbers
 
 
 # --- report -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -902,8 +903,9 @@ def test_plots_are_given_the_numbers_of_metrics_json(pair, tmp_path):
 def test_only_the_method_with_the_least_legal_data(tmp_path, capsys):
     folder = write_folder(tmp_path / "mine")
     flags = ["--dataset", "folder", "--data_dir", folder, "--compare", "false", "--out_dir"]
-    output = call(train_py, *TINY, *flags, tmp_path / "out")
-    run = Path(output.splitlines()[-1])
+    *_, use, last = call(train_py, *TINY, *flags, tmp_path / "my runs").splitlines()
+    run = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     report = json.loads((run / "metrics.json").read_text())
     assert report["dataset"] == "mine" and set(report["headline"]) == {"mse_x", "pca_mse_x"}
     assert set(report["metrics"]) == {"reconstruction", "generation", "parameters"}
@@ -913,11 +915,13 @@ def test_only_the_method_with_the_least_legal_data(tmp_path, capsys):
         "curves.png", "reconstructions.png", "noise.png", "new.png", "interpolation.png"
     }  # fmt: skip
     assert "warning" not in capsys.readouterr().err
-    with pytest.raises(train_py.DataError, match=r"label_counts: .* mine has 48 images"):
-        call(train_py, *TINY, *flags[:4], "--out_dir", tmp_path / "out")
-    with pytest.raises(train_py.DataError, match=r"code_size: .* mine has 48 images"):
-        call(train_py, *TINY, *flags, tmp_path / "out", "--code_size", "49")
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    with pytest.raises(
+        train_py.DataError, match=r"label_counts: expected at most 48, .* found 100"
+    ):
+        call(train_py, *TINY, *flags[:4], "--out_dir", tmp_path / "my runs")
+    with pytest.raises(train_py.DataError, match=r"code_size: expected at most 48, .*, found 49"):
+        call(train_py, *TINY, *flags, tmp_path / "my runs", "--code_size", "49")
+    assert len(list((tmp_path / "my runs").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_training_masks_differ_from_epoch_to_epoch_and_fixed_ones_do_not(tokeniz
             assert torch.equal(one[name], other[name])
 
 
-def test_a_fixed_mask_hangs_on_the_place_alone(tokenizer):
+def test_a_fixed_mask_depends_on_the_place_alone(tokenizer):
     masking = model.Masking(tokenizer, 0.4, False)
     texts = model.encode(tokenizer, TEXTS, 64)
     other = masking.fixed([texts[2], texts[1]], seed=3)  # another tweet before it
@@ -347,7 +348,7 @@ def load(path: Path, **changes) -> data.Tweets:
     return data.load(**options | changes)
 
 
-def test_retweets_leave_before_the_split(tmp_path):
+def test_retweets_are_removed_before_the_split(tmp_path):
     lines = [f"we felt quake number {number},en" for number in range(60)]
     lines += [f"RT @bob{n}: We felt  QUAKE number {n} https://t.co/{n},en" for n in range(60)]
     lines += [f"wir spürten Beben {number},de" for number in range(5)] + [",en"]
@@ -358,7 +359,7 @@ def test_retweets_leave_before_the_split(tmp_path):
     assert load(tmp_path / "a.csv", language="any", text_column="content").test != tweets.test
 
 
-def test_the_splits_hang_on_the_seed_and_not_on_the_order_of_authors(tmp_path):
+def test_the_splits_depend_on_the_seed_and_not_on_the_order_of_authors(tmp_path):
     path = write_csv(tmp_path / "a.csv", [f"tweet of author number {n},en" for n in range(200)])
     one, same, other = load(path), load(path), load(path, seed=1)
     assert one == same and one.test != other.test
@@ -367,7 +368,7 @@ def test_the_splits_hang_on_the_seed_and_not_on_the_order_of_authors(tmp_path):
     assert len(numbers) == 40 and max(numbers) > 150 and min(numbers) < 50
 
 
-def test_near_duplicates_come_into_one_part(tmp_path):
+def test_near_duplicates_stay_in_one_part(tmp_path):
     chain = [f"word{n}" for n in range(12)]
     texts = [" ".join(chain[n : n + 7]) for n in range(6)] + ["quite another text", "and one more"]
     groups = data.near_duplicates(["first of all", *texts])
@@ -1006,8 +1007,10 @@ def test_the_network_exports(start):
 
 def test_only_the_method_with_two_seeds(tmp_path, run_folder):
     assert (run_folder / "pretrain.pt").exists()  # the small BERT is kept from here on
-    flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path]
-    folder = train("bert_mlm", *flags)
+    flags = [*TINY, "--compare", "false", "--seeds", "2", "--out_dir", tmp_path / "my runs"]
+    *_, use, last = call(load_project("bert_mlm").train, *flags).splitlines()
+    folder = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     numbers = numbers_of(folder)
     assert "scratch_perplexity_after" not in numbers and "scratch_minus_after" not in numbers
     assert (

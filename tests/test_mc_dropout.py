@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import struct
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_batch_normalisation_after_dropout_is_refused():
     assert mc_logits(before, torch.rand(2, 1, 8, 8), passes=2, seed=0).shape == (2, 2, 64)
 
 
-def test_many_passes_come_to_the_mean_over_all_masks():
+def test_many_passes_converge_to_the_mean_over_all_masks():
     torch.manual_seed(0)
     head = nn.Linear(3, 4).double()
     network, x = nn.Sequential(nn.Dropout(0.3), head), torch.tensor([[2.0, -3.0, 4.0]]).double()
@@ -410,7 +411,7 @@ def write_idx(folder: Path, name: str, count: int) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
 
 
-def test_mnist_is_read_from_its_folder_with_fashion_beside_it(tmp_path):
+def test_mnist_is_read_from_its_folder_together_with_fashion(tmp_path):
     write_idx(tmp_path, "MNIST", 120)
     write_idx(tmp_path, "FashionMNIST", 40)
     options = {"dataset": "mnist", "data_dir": tmp_path, "image_size": 28, "seed": 0}
@@ -438,7 +439,7 @@ def make_folder(folder: Path, test_classes: tuple[str, ...] = ("dark", "light"))
     return folder
 
 
-def test_a_folder_of_ones_own(tmp_path):
+def test_a_folder_of_your_own(tmp_path):
     folder = make_folder(tmp_path / "shades")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
@@ -486,13 +487,13 @@ tiny_config = functools.partial(config_of, PROJECT, *TINY)
         (["--image_size", "500"], "image_size: expected at most 128, found 500"),
     ],
 )
-def test_settings_that_cannot_be_meant(flags, message):
+def test_impossible_settings_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(*flags)
 
 
 def test_more_labels_than_there_are_is_named():
-    with pytest.raises(DATA.DataError, match="train_images: digits has only 898 images to train"):
+    with pytest.raises(DATA.DataError, match=r"train_images: expected at most 898, .* found 899"):
         TRAIN.load_data(tiny_config("--train_images", "899"), torch.device("cpu"))
 
 
@@ -964,7 +965,10 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
 
 
 def test_without_a_comparison_nothing_of_standard_dropout_is_left(tmp_path):
-    folder = train("mc_dropout", *TINY, "--compare", "false", "--out_dir", tmp_path)
+    flags = [*TINY, "--compare", "false", "--out_dir", tmp_path / "my runs"]
+    *_, use, last = call(TRAIN, *flags).splitlines()
+    folder = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     report = json.loads((folder / "metrics.json").read_text())
     assert not [name for name in report["headline"] if name.startswith(("standard", "ensemble"))]
     assert "standard" not in json.dumps(report["metrics"]["test"])
@@ -1061,7 +1065,7 @@ def test_studies_and_active_learning(tmp_path, monkeypatch):
 # --- your own pictures ------------------------------------------------------------------------
 
 
-def test_predict_says_what_evaluation_says(tmp_path):
+def test_predict_agrees_with_evaluation(tmp_path):
     folder, _ = tiny()
     digits = DATA.load(dataset="digits", data_dir=Path(), image_size=8, seed=0)
     pictures = tmp_path / "mine"

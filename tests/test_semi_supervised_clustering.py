@@ -43,7 +43,7 @@ ITERATION = {"before", "after_assign", "after_move", "after_centres"}
 
 
 def problem(seed: int, n: int = 60, d: int = 3, classes: int = 3, labelled: float = 0.4):
-    """Points (n, d) and classes that hang together loosely, with most of the latter hidden."""
+    """Points (n, d) and classes that are loosely related, with most of the latter hidden."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(classes, size=n)
     x = rng.normal(size=(n, d)) + 1.5 * rng.normal(size=(classes, d))[truth]
@@ -105,7 +105,7 @@ def test_no_step_raises_the_objective(seed, plain, weighted, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_points_that_are_not_looked_at_are_nearest_to_their_centre(seed, monkeypatch):
+def test_points_that_are_not_examined_are_nearest_to_their_centre(seed, monkeypatch):
     """The bounds: after every step 2, each unlabelled point's centre is its nearest."""
     x, y, _ = problem(seed, n=2000, d=2 + seed, labelled=0.1)
     x = x.float() if seed % 2 else x
@@ -948,7 +948,7 @@ def test_each_arm_has_its_settings(program, config, monkeypatch):
     assert {(each["n_init"], each["random_state"], each["tol"]) for each in asked} == {(2, 0, 1e-7)}
 
 
-def test_the_arms_bear_their_names(program, config):
+def test_the_arms_have_their_names(program, config):
     """Fitted anew by hand: no two arms are exchanged."""
     table = program.load_table(config)
     part = tiny_part(program, config, table)

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -195,7 +196,7 @@ def test_no_pixel_of_a_test_scene_occurs_in_a_training_scene(monkeypatch):
     assert sum(len(columns[i]) for i in (0, 2, 4)) == 640
 
 
-def test_scenes_hang_on_the_seed_and_test_scenes_not_on_the_number_of_masks():
+def test_scenes_depend_on_the_seed_and_test_scenes_not_on_the_number_of_masks():
     one, again, more, other = digits(), digits(), digits(mask_count=9), digits(seed=1)
     assert torch.equal(one.segmentation.train.x, again.segmentation.train.x)
     assert torch.equal(one.segmentation.test.x, more.segmentation.test.x)
@@ -997,16 +998,18 @@ def test_every_plot_survives_the_least_data(segments, tmp_path):
 def test_only_the_method(tmp_path, capsys):
     folder = write_folder(tmp_path / "mine")
     flags = ["--dataset", "folder", "--data_dir", folder, "--compare", "false"]
-    flags += ["--ignore_index", "9", "--pretrain_epochs", "1", "--out_dir", tmp_path / "out"]
-    run = train("unet_transfer", *TINY, *flags)
+    flags += ["--ignore_index", "9", "--pretrain_epochs", "1", "--out_dir", tmp_path / "my runs"]
+    *_, use, last = call(train_py, *TINY, *flags).splitlines()
+    run = Path(last)
+    assert shlex.split(use)[4] == last  # a command to copy
     report = json.loads((run / "metrics.json").read_text())
     assert set(report["headline"]) == {"classification_accuracy", "stage1_miou", "transfer_miou"}
     stages = {line.split("-")[0] for line in (run / "history.csv").read_text().splitlines()[1:]}
     assert stages == {"pretrain", "stage1", "transfer"}
     assert "warning" not in capsys.readouterr().err
-    with pytest.raises(train_py.DataError, match="mask_count: mine has only 12 masks"):
+    with pytest.raises(train_py.DataError, match=r"mask_count: expected at most 12, .* found 13"):
         call(train_py, *TINY, *flags, "--mask_count", "13")
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert len(list((tmp_path / "my runs").iterdir())) == 1
 
 
 def test_bad_data_leaves_no_run(tmp_path):

@@ -573,7 +573,7 @@ def composed(name: str) -> str:
 
 
 def read_labels(path: Path, known: set[str]) -> dict[str, str]:
-    """Class by file, from a csv whose columns are `file`, relative to images/, and `class`, apart
+    """Class by file, from a csv with columns `file`, relative to images/, and `class`, separated
     by commas, semicolons or tabs. Raises DataError if a file is not there or has two classes.
     """
     text = read_text(path)
@@ -618,17 +618,13 @@ def photograph_task(
     taken to be of the same class.
     """
     files = [item for items in splits.values() for item in items]
-    paths = [path for item in files for path in (item.image, item.mask) if path]
-    stats = [stamp(path) for path in paths]
+    stats = [stamp(path) for item in files for path in (item.image, item.mask) if path]
     key = (splits, stats, sizes, segments, values.tolist(), DECODING)
-    decoded = cached(
-        cache,
-        "decoded",
-        key,
-        lambda: [decode_items(items, values, len(segments), sizes) for items in splits.values()],
-    )
-    crops, images = ([part[place] for part in decoded] for place in (0, 1))
-    bad = [line for part in decoded for line in part[2]]
+
+    def decode() -> list[tuple]:
+        return [decode_items(items, values, len(segments), sizes) for items in splits.values()]
+
+    crops, images, unreadable = zip(*cached(cache, "decoded", key, decode), strict=True)
     for kind, parts in (("class", crops), ("mask", images)):
         for split, part in zip(splits, parts, strict=True):
             if part is None:
@@ -637,6 +633,7 @@ def photograph_task(
                     f"at least 5 images with a class and 5 with a mask are needed"
                 )
     crops, images = (Splits(*(Examples(*part) for part in parts)) for parts in (crops, images))
+    bad = [line for lines in unreadable for line in lines]
     note = f"data: {name}{left_out(bad)}{absent(name, segments, images)}"
     return Task(name, classes, segments, crops, images, True, note)
 

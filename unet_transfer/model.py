@@ -62,7 +62,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """Segment logits (N, segments, H, W) from images (N, 3, H, W) in [0, 1], H and W at will."""
+    """Segment logits (N, segments, H, W) from images (N, 3, H, W) in [0, 1] of any H and W."""
 
     def __init__(self, widths: tuple[int, ...], segments: int):
         super().__init__()

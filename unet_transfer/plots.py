@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
+import numpy as np
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -22,40 +22,31 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
     `history` holds the rows of each stage, `compute` its cost, in epochs of stage 2.
     """
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
-    start, boundaries = 0.0, []
+    start = 0.0
     for stage, name in STAGES.items():
         rows, cost = history[stage], compute[stage]
         spent = [start + cost * row["epoch"] / len(rows) for row in rows]
-        label = stage == "transfer"  # one entry in the legend for all stages
-        text = "pretrained, train" if label else None
-        top.plot(spent, column(rows, "train_loss"), color=TRAIN, label=text)
+        top.plot(spent, column(rows, "train_loss"), color=TRAIN, label="pretrained, train")
         for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
             if key in rows[0]:
-                text = "pretrained, validation" if label else None
-                axes.plot(spent, column(rows, key), color=VALIDATION, marker=".", label=text)
-        boundaries.append((start, start + cost, name))
+                look = {"color": VALIDATION, "marker": ".", "label": "pretrained, validation"}
+                axes.plot(spent, column(rows, key), **look)
+            axes.axvline(start + cost, color="black", linewidth=0.8, linestyle="--")
+        place, where = (start + cost / 2, 1.0), ("data", "axes fraction")
+        bottom.annotate(name, place, ha="center", va="bottom", xycoords=where)
         start += cost
     if rows := history.get("scratch"):
         spent = [compute["scratch"] * row["epoch"] / len(rows) for row in rows]
         for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
-            text = "from scratch, equal compute, validation"
-            axes.plot(spent, column(rows, key), color=BASELINE, label=text)
-    for begin, end, name in boundaries:
-        bottom.annotate(
-            name,
-            ((begin + end) / 2, 1.0),
-            ha="center",
-            va="bottom",
-            xycoords=("data", "axes fraction"),
-        )
-        for axes in (top, bottom):
-            axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
+            label = "from scratch, equal compute, validation"
+            axes.plot(spent, column(rows, key), color=BASELINE, label=label)
     figure.suptitle(title)
     top.set_ylabel("loss: cross-entropy (nats),\nfrom stage 1 on plus Dice")
     bottom.set(ylabel="validation mIoU", xlabel="training compute (epochs of stage 2)")
     bottom.set_ylim(0, 1)
     handles, labels = top.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    once = dict(zip(labels, handles, strict=True))  # one entry for all stages
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -77,26 +68,21 @@ def plot_examples(
     From the top the worst to the best of the last column.
     """
     names = {"scratch": "scratch", "stage1": "after stage 1", "transfer": "after stage 2"}
-    columns = {"image": x.permute(0, 2, 3, 1), "truth": y}
-    columns |= {names[method]: mask for method, mask in masks.items()}
     colors = segment_colors(len(segments))
+    palette = np.ones((256, 3))  # white: does not count
+    palette[: len(colors)] = colors
+    columns = {"image": x.permute(0, 2, 3, 1).cpu().numpy(), "truth": palette[y.cpu().numpy()]}
+    columns |= {names[method]: palette[mask.cpu().numpy()] for method, mask in masks.items()}
     size = (8, 1.4 * len(x) + 1 + 0.2 * len(segments) / 6)
     figure, panels = plt.subplots(
         len(x), len(columns), figsize=size, layout="constrained", squeeze=False
     )
     figure.suptitle(f"{title}\ntest images from the worst to the best by mIoU after stage 2")
-    for row, line in enumerate(panels):
-        for panel, (name, pictures) in zip(line, columns.items(), strict=True):
-            shown = pictures[row].cpu().numpy()
-            if shown.ndim == 2:
-                options = {"vmin": -0.5, "vmax": len(segments) - 0.5, "interpolation": "nearest"}
-                cmap = ListedColormap(colors).with_extremes(over="white")  # does not count
-                panel.imshow(shown, cmap=cmap, **options)
-            else:
-                panel.imshow(shown)
+    for column_panels, (name, pictures) in zip(panels.T, columns.items(), strict=True):
+        column_panels[0].set_title(name)
+        for panel, picture in zip(column_panels, pictures, strict=True):
+            panel.imshow(picture, interpolation="nearest")
             panel.axis("off")
-            if row == 0:
-                panel.set_title(name)
     handles = [Patch(color=color, label=name) for color, name in zip(colors, segments, strict=True)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=7
@@ -131,7 +117,7 @@ def plot_label_efficiency(efficiency: dict, dataset: str, path: Path) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set(xlabel="masks to train on", ylabel="test mIoU", ylim=(0, 1))
-    figure.suptitle(f"What a pretrained down part is worth: {dataset}")
+    figure.suptitle(f"Gain from a pretrained down part: {dataset}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)

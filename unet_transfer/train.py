@@ -9,6 +9,7 @@ Run it with `python unet_transfer/train.py`, or `python unet_transfer/train.py -
 
 import copy
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def main() -> None:
         dataset=task.name,
         headline=headline(metrics),
         metrics=metrics,
-        use=f"python unet_transfer/predict.py {run} PICTURE...",
+        use=f"python unet_transfer/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 
@@ -159,8 +160,9 @@ def load_task(config: Config, device: torch.device) -> Task:
         seed=config.seed,
     )
     there = len(task.segmentation.train.x)
-    if (wanted if config.study else config.mask_count) > there:
-        raise DataError(f"mask_count: {task.name} has only {there} masks to train on")
+    if (count := wanted if config.study else config.mask_count) > there:
+        most = f"at most {there}, the training masks of {task.name}"
+        raise DataError(f"mask_count: expected {most}, found {count}")
     print(task.note)
     return task._replace(
         classification=task.classification.to(device), segmentation=task.segmentation.to(device)
@@ -203,8 +205,8 @@ def compare(task: Task, config: Config, run: Path, *, mask_count: int, seed: int
         train("scratch", scratch, plan("scratch", round(compute), {scratch: config.scratch_lr}))
 
     metrics = test(task, classifier, models, config.batch_size)
-    counts = {"train": len(masks.x), "val": len(task.segmentation.val.x)}
-    metrics["masks"] = counts | {"test": len(task.segmentation.test.x)}
+    parts = task.segmentation._replace(train=masks)._asdict()
+    metrics["masks"] = {name: len(part.x) for name, part in parts.items()}
     metrics["compute"] = {
         name: cost / flops["transfer"] * config.stage2_epochs for name, cost in flops.items()
     }
@@ -406,7 +408,7 @@ def save_model(model: UNet, task: Task, config: Config, run: Path) -> None:
 
 
 def headline(metrics: dict) -> dict[str, float]:
-    methods = [method for method in ("stage1", "transfer", "scratch") if method in metrics]
+    methods = [method for method in METHODS if method in metrics]
     numbers = {"classification_accuracy": metrics["classification"]["test_accuracy"]}
     return numbers | {f"{method}_miou": metrics[method]["test_miou"] for method in methods}
 
