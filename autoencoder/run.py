@@ -98,7 +98,7 @@ STARTED = time.perf_counter()
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn")
 HEADER: dict[str, Any] = {}  # of the checkpoints of the run in progress: what it must not mix with
 LOCKS: dict[Path, int] = {}  # run folders that this process works in
-RUN: Path | None = None  # the folder of the run in progress
+RUN: Path | None = None  # the folder of the run or the predictions in progress
 
 # Bounds of a setting. A plain int or float is more than 0 and at most 1e9.
 Seed = Annotated[int, ">= 0", "<= 4294967295"]
@@ -501,7 +501,7 @@ def try_plot(plot: Callable, *args: Any, **options: Any) -> None:
 
 def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
     """Call it; what the user can mend (`errors`, a full disk, too little memory) ends the program
-    in one line, status 1.
+    in one line, status 1. A folder in which nothing was written is removed.
     """
     try:
         main()
@@ -524,6 +524,8 @@ def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
         speak()
         raise
     finally:
+        if RUN and RUN.is_dir() and not any(RUN.iterdir()):
+            RUN.rmdir()
         for name, module in list(sys.modules.items()):  # the next project of a notebook has its own
             own = Path(getattr(module, "__file__", None) or "").parent == PROJECT
             if own and name != "__main__":
@@ -888,6 +890,7 @@ def start_predict(
     `parser` has the project's own flags; RUN, INPUT, --out_dir and --device are added. A mistake
     ends the program in one line, status 2.
     """
+    global RUN
     parser.error = lambda text: refuse(parser, text)
     parser.add_argument("run", metavar="RUN", type=user_path, help="a run's folder or its model.pt")
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files and folders")
@@ -905,7 +908,7 @@ def start_predict(
         saved = read_torch(path)
         if not isinstance(saved, dict) or saved.get("project") != PROJECT.name:
             raise ValueError(f"{path}: this is not the model of a run of {PROJECT.name}")
-        folder = new_folder(given.out_dir or path.parent / "predictions")
+        RUN = folder = new_folder(given.out_dir or path.parent / "predictions")
         folder.mkdir()
     except (OSError, ValueError, RunError) as error:
         parser.error(one_line(error))

@@ -1,5 +1,6 @@
 """run.py, the same in all projects: settings, a run's folder, epochs, checkpoints, ends."""
 
+import argparse
 import json
 import math
 import os
@@ -470,6 +471,22 @@ def test_what_a_user_can_mend_ends_in_one_line():
     memory = "error: out of memory; make smaller: size, count, widths"
     assert ended(MemoryError("7 TiB")).startswith(memory)
     assert ended(RuntimeError("can't allocate memory: 7 TiB")).startswith(memory)
+
+
+def test_predictions_that_were_refused_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_py, "RUN", None)
+    run_py.save(tmp_path / "model.pt", {"project": run_py.PROJECT.name})
+
+    def main() -> None:
+        *_, folder, _ = run_py.start_predict(argparse.ArgumentParser(), [str(tmp_path)])
+        if kept:
+            (folder / "predictions.csv").touch()
+        raise OSError("a broken picture")
+
+    for kept in (False, True):
+        with pytest.raises(SystemExit, match="error: a broken picture"):
+            run_main(main)
+        assert len(list((tmp_path / "predictions").iterdir())) == kept
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
