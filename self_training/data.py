@@ -51,7 +51,7 @@ def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
     if path.is_file():
         check_sum(path, checksum)
         return path
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary, there = path.with_name(f"{path.name}.{os.getpid()}.part"), path.parent.is_dir()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
@@ -67,6 +67,9 @@ def download(url: str, path: Path, what: str, checksum: str = "") -> Path:
         raise DataError(f"{reason}: {error or type(error).__name__}; by hand: {path}") from error
     finally:
         temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something
+            if not there:
+                path.parent.rmdir()
     return path
 
 

@@ -108,13 +108,13 @@ def test_a_file_is_fetched_once_although_the_hosts_root_is_forbidden(
     ],
 )
 def test_a_fault_is_one_line_and_leaves_nothing(reader, server, tmp_path, fault, reason):
-    path = tmp_path / "file"
+    path = tmp_path / "set" / "file"
     began = time.monotonic()
     with pytest.raises(reader.DataError, match=reason) as error:
         reader.download(f"{server}/{fault}", path, "the file", SUM)
     assert time.monotonic() - began < 2.5
     said = str(error.value)
-    assert said.startswith(f"the file is not in {tmp_path} and could not be downloaded from")
+    assert said.startswith(f"the file is not in {path.parent} and could not be downloaded from")
     assert said.endswith(f"by hand: {path}") and len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -123,6 +123,7 @@ def test_no_host_and_no_sense_are_one_line(reader, tmp_path):
     for url in ("http://127.0.0.1:9/file", "nonsense://x", "no address"):
         with pytest.raises(reader.DataError, match="could not be downloaded from"):
             reader.download(url, tmp_path / "file", "the file")
+    assert tmp_path.is_dir()  # it was there before
 
 
 def test_a_transfer_that_trickles_is_given_up(reader, tmp_path, monkeypatch):
