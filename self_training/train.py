@@ -144,12 +144,14 @@ class Arm(NamedTuple):
     images: Images  # with labels
 
 
-class Networks(NamedTuple):
+class Learner(NamedTuple):
     """What learns, and what it learns from."""
 
     student: nn.Module
     teacher: AveragedModel  # the student's mean over the last steps: labels, and is tested
     live: LiveLabels  # of every_step
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
 
 
 class Outcome(NamedTuple):
@@ -221,12 +223,12 @@ def add_images(first: Images, second: Images) -> Images:
 def self_train(trial: Trial, arm: Arm) -> Outcome:
     """All rounds of one arm; a file for each in weights/ holds its teacher and its labels."""
     config, stage = trial.config, f"{arm.name}-seed{trial.config.seed}"
-    networks = new_networks(trial)
-    fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
-    parts = {"model": networks.teacher, "student": networks.student}
-    optimizer, schedule = one_cycle_adamw(networks.student, config, all_steps(config))
+    learner = new_learner(trial)
+    student, teacher, *others = learner
+    fresh = {name: part.clone() for name, part in student.state_dict().items()}
+    parts = {"model": teacher, "student": student}
     if arm.how == "every_step":  # one schedule over all rounds
-        parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
+        parts |= zip(("live", "optimizer", "schedule"), others, strict=True)
     best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
     how = {"patience": config.patience, "first": 0, "best": None if arm.how == "once" else best}
     rounds = 0 if arm.how == "once" else config.rounds
@@ -235,25 +237,30 @@ def self_train(trial: Trial, arm: Arm) -> Outcome:
         if number and nothing_new(trial, arm, number):
             break
         if arm.how == "plain" or config.restart:
-            networks.student.load_state_dict(fresh)
+            student.load_state_dict(fresh)
         if arm.how in ("plain", "rounds"):
-            optimizer, schedule = one_cycle_adamw(networks.student, config, config.steps)
-            networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
+            learner = Learner(*learner[:3], *one_cycle_adamw(student, config, config.steps))
+            teacher.n_averaged.zero_()  # the average is over the steps of this round
         seed_everything(config.seed, "round", number)  # the same for all arms
-        row |= train_round(trial, arm, number, networks, optimizer, schedule)
-        row |= end_round(trial, arm, number, networks.teacher.module)
+        row |= train_round(trial, arm, number, learner)
+        row |= end_round(trial, arm, number, teacher.module)
     rows = read_rows(trial.run, stage)
     return Outcome(rows, kept_rounds(rows))
 
 
-def new_networks(trial: Trial) -> Networks:
+def new_network(trial: Trial) -> nn.Module:
     """The same initial weights whenever it is called for the same repeat."""
-    config, device = trial.config, trial.splits.pool.device
+    config, pool = trial.config, trial.splits.pool
     seed_everything(config.seed, "weights")
-    channels = trial.splits.pool.shape[1]
-    student = SmallCNN(channels=channels, width=config.width, classes=trial.classes).to(device)
-    live = LiveLabels(trial.classes, balanced=config.balanced).to(device)
-    return Networks(student, averaged(student, config.ema), live)
+    model = SmallCNN(channels=pool.shape[1], width=config.width, classes=trial.classes)
+    return model.to(pool.device)
+
+
+def new_learner(trial: Trial) -> Learner:
+    config, student = trial.config, new_network(trial)
+    live = LiveLabels(trial.classes, balanced=config.balanced).to(trial.splits.pool.device)
+    optimizing = one_cycle_adamw(student, config, all_steps(config))
+    return Learner(student, averaged(student, config.ema), live, *optimizing)
 
 
 def all_steps(config: Config) -> int:
@@ -268,16 +275,9 @@ def one_cycle_adamw(
     return optimizer, schedule
 
 
-def train_round(
-    trial: Trial,
-    arm: Arm,
-    number: int,
-    networks: Networks,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> dict:
+def train_round(trial: Trial, arm: Arm, number: int, learner: Learner) -> dict:
     """Mean loss per step over one round's steps. Raises FloatingPointError if it is not finite."""
-    config, (student, teacher, live) = trial.config, networks
+    config, (student, teacher, live, optimizer, schedule) = trial.config, learner
     drawn = round_batches(trial, arm, number)
     steps = all_steps(config) if arm.how == "once" else config.steps
     label, losses = f"{arm.name} round {number}", []
@@ -417,7 +417,7 @@ def read_round(trial: Trial, name: str, number: int) -> Labels:
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
     """The round's teacher."""
-    model = new_networks(trial).student
+    model = new_network(trial)
     model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
     return model
 
