@@ -567,12 +567,6 @@ INFLUENCE = {  # what is disturbed: (what must move, what else may)
         | named(("supervised_val", "method_val", "plain"), *LEARNED)
         | named(("method_val", "plain"), "labels", "agreement", "quality"),
     ),
-    "val_pictures": (
-        named(OWN_VAL, "val") | named(("supervised_val", "method_val"), "weights", "loss"),
-        SKLEARN - {"sklearn test"}
-        | named(("supervised_val", "method_val", "plain"), *LEARNED)
-        | named(("method_val", "plain"), "labels", "agreement", "quality"),
-    ),
     "pool_pictures": (
         named((*POOLED, "oracle"), "weights", "loss") | named(POOLED, "labels", "quality"),
         SKLEARN | LABELS | named((*POOLED, "oracle"), *LEARNED, "val"),
@@ -581,11 +575,8 @@ INFLUENCE = {  # what is disturbed: (what must move, what else may)
         named(ARMS, "weights", "loss"),
         SKLEARN | LABELS | named(ARMS, *LEARNED, "val"),
     ),
-    "training_pictures": (
-        named(ARMS, "weights", "loss"),
-        SKLEARN | LABELS | named(ARMS, *LEARNED, "val"),
-    ),
 }
+INFLUENCE |= {f"{part}_pictures": INFLUENCE[f"{part}_labels"] for part in ("val", "training")}
 
 
 def disturb(trial: object, what: str) -> object:
