@@ -248,7 +248,7 @@ def self_train(trial: Trial, arm: Arm) -> Outcome:
     return Outcome(rows, kept_rounds(rows))
 
 
-def new_network(trial: Trial) -> nn.Module:
+def untrained_network(trial: Trial) -> nn.Module:
     """The same initial weights whenever it is called for the same repeat."""
     config, pool = trial.config, trial.splits.pool
     seed_everything(config.seed, "weights")
@@ -257,7 +257,7 @@ def new_network(trial: Trial) -> nn.Module:
 
 
 def new_learner(trial: Trial) -> Learner:
-    config, student = trial.config, new_network(trial)
+    config, student = trial.config, untrained_network(trial)
     live = LiveLabels(trial.classes, balanced=config.balanced).to(trial.splits.pool.device)
     optimizing = one_cycle_adamw(student, config, all_steps(config))
     return Learner(student, averaged(student, config.ema), live, *optimizing)
@@ -417,7 +417,7 @@ def read_round(trial: Trial, name: str, number: int) -> Labels:
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
     """The round's teacher."""
-    model = new_network(trial)
+    model = untrained_network(trial)
     model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
     return model
 

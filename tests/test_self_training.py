@@ -379,6 +379,7 @@ def test_network_takes_any_size_and_exports():
         model = SmallCNN(channels=3, width=4, classes=6).eval()
         assert model(x).shape == (2, 6)
         assert torch.equal(model.layers[-1](model.features(x)), model(x))
+    assert model.layers[3](model.layers[:3](x)).stride(1) == 1
     exported = torch.export.export(model, (x,)).module()
     assert torch.allclose(exported(x), model(x), atol=1e-6)
 
@@ -864,9 +865,9 @@ def test_each_repeat_has_a_split_and_weights_of_its_own(tmp_path):
     trials = [new_trial(tmp_path / str(n), seed=n) for n in (0, 1)]
     first, second = (trial.splits for trial in trials)
     assert not torch.equal(first.pool, second.pool)
-    weights = [PROJECT.train.new_network(trial).state_dict() for trial in trials]
+    weights = [PROJECT.train.untrained_network(trial).state_dict() for trial in trials]
     assert not torch.equal(weights[0]["layers.0.weight"], weights[1]["layers.0.weight"])
-    again = PROJECT.train.new_network(trials[0]).state_dict()
+    again = PROJECT.train.untrained_network(trials[0]).state_dict()
     assert torch.equal(again["layers.0.weight"], weights[0]["layers.0.weight"])
 
 
