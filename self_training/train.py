@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Annotated, Literal, NamedTuple
 
 from run import (
@@ -58,8 +58,8 @@ from data import (
 from model import (
     NONE,
     SKLEARN,
+    Labels,
     LiveLabels,
-    PseudoLabels,
     SmallCNN,
     averaged,
     best_round,
@@ -144,25 +144,19 @@ class Arm(NamedTuple):
     images: Images  # with labels
 
 
-class Networks(NamedTuple):
+class Learner(NamedTuple):
     """What learns, and what it learns from."""
 
     student: nn.Module
     teacher: AveragedModel  # the student's mean over the last steps: labels, and is tested
     live: LiveLabels  # of every_step
-
-
-class Labels(NamedTuple):
-    """What a round's teacher says of the pool (N,)."""
-
-    predicted: Tensor  # its class; NONE where it did not look
-    given: PseudoLabels  # those that the next round learns
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
 
 
 class Outcome(NamedTuple):
     rows: list[dict]  # of history.csv, from round 0 on
     kept: dict[str, int]  # the round that each way to stop keeps
-    reason: str  # why no further round followed
 
 
 def main() -> None:
@@ -229,40 +223,44 @@ def add_images(first: Images, second: Images) -> Images:
 def self_train(trial: Trial, arm: Arm) -> Outcome:
     """All rounds of one arm; a file for each in weights/ holds its teacher and its labels."""
     config, stage = trial.config, f"{arm.name}-seed{trial.config.seed}"
-    networks = new_networks(trial)
-    fresh = {name: part.clone() for name, part in networks.student.state_dict().items()}
-    parts = {"model": networks.teacher, "student": networks.student}
-    optimizer, schedule = one_cycle_adamw(networks.student, config, all_steps(config))
+    learner = new_learner(trial)
+    student, teacher, *others = learner
+    fresh = {name: part.clone() for name, part in student.state_dict().items()}
+    parts = {"model": teacher, "student": student}
     if arm.how == "every_step":  # one schedule over all rounds
-        parts |= {"live": networks.live, "optimizer": optimizer, "schedule": schedule}
+        parts |= zip(("live", "optimizer", "schedule"), others, strict=True)
     best = ("val_loss" if stop_of(arm.name, config) == "validation" else "changed", min)
     how = {"patience": config.patience, "first": 0, "best": None if arm.how == "once" else best}
-    reason, rounds = "", 0 if arm.how == "once" else config.rounds
+    rounds = 0 if arm.how == "once" else config.rounds
     for row in epochs(trial.run, stage, parts, rounds, config.seed, **how):
         number = row["epoch"]
         if number and nothing_new(trial, arm, number):
-            reason = "nothing to add"
             break
         if arm.how == "plain" or config.restart:
-            networks.student.load_state_dict(fresh)
+            student.load_state_dict(fresh)
         if arm.how in ("plain", "rounds"):
-            optimizer, schedule = one_cycle_adamw(networks.student, config, config.steps)
-            networks.teacher.n_averaged.zero_()  # the average is over the steps of this round
+            learner = Learner(*learner[:3], *one_cycle_adamw(student, config, config.steps))
+            teacher.n_averaged.zero_()  # the average is over the steps of this round
         seed_everything(config.seed, "round", number)  # the same for all arms
-        row |= train_round(trial, arm, number, networks, optimizer, schedule)
-        row |= end_round(trial, arm, number, networks.teacher.module)
+        row |= train_round(trial, arm, number, learner)
+        row |= end_round(trial, arm, number, teacher.module)
     rows = read_rows(trial.run, stage)
-    return Outcome(rows, kept_rounds(rows), reason or end_reason(rows, config))
+    return Outcome(rows, kept_rounds(rows))
 
 
-def new_networks(trial: Trial) -> Networks:
+def untrained_network(trial: Trial) -> nn.Module:
     """The same initial weights whenever it is called for the same repeat."""
-    config, device = trial.config, trial.splits.pool.device
+    config, pool = trial.config, trial.splits.pool
     seed_everything(config.seed, "weights")
-    channels = trial.splits.pool.shape[1]
-    student = SmallCNN(channels=channels, width=config.width, classes=trial.classes).to(device)
-    live = LiveLabels(trial.classes, balanced=config.balanced).to(device)
-    return Networks(student, averaged(student, config.ema), live)
+    model = SmallCNN(channels=pool.shape[1], width=config.width, classes=trial.classes)
+    return model.to(pool.device)
+
+
+def new_learner(trial: Trial) -> Learner:
+    config, student = trial.config, untrained_network(trial)
+    live = LiveLabels(trial.classes, balanced=config.balanced).to(trial.splits.pool.device)
+    optimizing = one_cycle_adamw(student, config, all_steps(config))
+    return Learner(student, averaged(student, config.ema), live, *optimizing)
 
 
 def all_steps(config: Config) -> int:
@@ -277,16 +275,9 @@ def one_cycle_adamw(
     return optimizer, schedule
 
 
-def train_round(
-    trial: Trial,
-    arm: Arm,
-    number: int,
-    networks: Networks,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> dict:
+def train_round(trial: Trial, arm: Arm, number: int, learner: Learner) -> dict:
     """Mean loss per step over one round's steps. Raises FloatingPointError if it is not finite."""
-    config, (student, teacher, live) = trial.config, networks
+    config, (student, teacher, live, optimizer, schedule) = trial.config, learner
     drawn = round_batches(trial, arm, number)
     steps = all_steps(config) if arm.how == "once" else config.steps
     label, losses = f"{arm.name} round {number}", []
@@ -320,7 +311,7 @@ def round_batches(trial: Trial, arm: Arm, number: int) -> Iterator[tuple[Tensor,
     if arm.how == "every_step":  # the labels are not read
         pseudo = Images(pool, torch.full((len(pool),), NONE, device=pool.device))
     elif number:
-        label = read_round(trial, arm.name, number - 1).given.label
+        label = read_round(trial, arm.name, number - 1).label
         pseudo = Images(pool[label != NONE], label[label != NONE])
     if arm.how == "plain":  # as if they had been labelled
         images, pseudo = add_images(images, pseudo), Images(pool[:0], pseudo.y[:0])
@@ -337,8 +328,8 @@ def nothing_new(trial: Trial, arm: Arm, number: int) -> bool:
     """Whether round `number` would learn the labels that the round before it has learned."""
     if arm.how == "every_step":
         return False
-    new = read_round(trial, arm.name, number - 1).given.label
-    old = read_round(trial, arm.name, number - 2).given.label if number > 1 else None
+    new = read_round(trial, arm.name, number - 1).label
+    old = read_round(trial, arm.name, number - 2).label if number > 1 else None
     return not (new != NONE).any() if old is None else torch.equal(new, old)
 
 
@@ -352,14 +343,14 @@ def end_round(trial: Trial, arm: Arm, number: int, model: nn.Module) -> dict:
         row["val_loss"] = float(F.cross_entropy(logits.double() / temperature, val.y))
         row["val_accuracy"] = accuracy(logits, val.y)
     row["temperature"] = temperature
-    labels = Labels(torch.full_like(trial.splits.hidden, NONE), none_given(trial))
+    labels = no_labels(len(trial.splits.pool), trial.splits.pool.device)
     if arm.how != "once":
         before = read_round(trial, arm.name, number - 1) if number else labels
         labels = label_pool(trial, arm, number, before, model, temperature)
         row["changed"] = share_changed(before.predicted, labels.predicted)
-        row |= changes(before.given, labels.given)
-    state = {"model": model.state_dict(), "predicted": labels.predicted}
-    save(round_file(trial, arm.name, number), state | labels.given._asdict())
+        row["pseudo_labels"] = int((labels.label != NONE).sum())
+    state = {"model": model.state_dict()} | labels._asdict()
+    save(round_file(trial, arm.name, number), state)
     return row
 
 
@@ -372,20 +363,18 @@ def label_pool(
     pool. `plain` chooses among all of them, at the calibrated temperature.
     """
     config, pool = trial.config, trial.splits.pool
-    predicted = torch.full_like(before.predicted, NONE)
     if arm.how == "plain":
-        probs = calibrated_probs(predict(model, pool), temperature)
-        return Labels(probs.argmax(1), choose_plain(trial, before.given, probs))
+        return choose_plain(trial, before, calibrated_probs(predict(model, pool), temperature))
     seed_everything(config.seed, "pool", number)
     seen = torch.randperm(len(pool))[: config.steps * config.pool_batch_size].to(pool.device)
     probs = calibrated_probs(predict(model, pool[seen]), 1.0)
-    predicted[seen] = probs.argmax(1)
-    chosen, given = confident_labels(probs, balanced=config.balanced), none_given(trial)
-    given.label[seen], given.confidence[seen] = chosen.label, chosen.confidence
-    return Labels(predicted, given)
+    labels = no_labels(len(pool), pool.device)
+    for part, found in zip(labels, confident_labels(probs, balanced=config.balanced), strict=True):
+        part[seen] = found
+    return labels
 
 
-def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLabels:
+def choose_plain(trial: Trial, before: Labels, probs: Tensor) -> Labels:
     """next_labels by the settings."""
     config, share = trial.config, trial.config.add_per_round
     return next_labels(
@@ -397,20 +386,6 @@ def choose_plain(trial: Trial, before: PseudoLabels, probs: Tensor) -> PseudoLab
         balanced=config.balanced,
         revise=config.revise,
     )
-
-
-def changes(before: PseudoLabels, after: PseudoLabels) -> dict:
-    """How many pseudo-labels there are, and how many a round added and withdrew."""
-    was, now = before.label != NONE, after.label != NONE
-    return {
-        "pseudo_labels": int(now.sum()),
-        "added": int((now & ~was).sum()),
-        "withdrawn": int((was & ~now).sum()),
-    }
-
-
-def none_given(trial: Trial) -> PseudoLabels:
-    return no_labels(len(trial.splits.pool), trial.splits.pool.device)
 
 
 def kept_rounds(rows: list[dict]) -> dict[str, int]:
@@ -430,25 +405,19 @@ def stop_of(name: str, config: Config) -> str:
     return "agreement" if name == "method_val" else "last"
 
 
-def end_reason(rows: list[dict], config: Config) -> str:
-    done = len(rows) - 1
-    return f"all {done} rounds done" if done == config.rounds else f"{config.stop}: no better round"
-
-
 def round_file(trial: Trial, name: str, number: int) -> Path:
     return trial.run / "weights" / f"{name}-seed{trial.config.seed}-round{number}.pt"
 
 
 def read_round(trial: Trial, name: str, number: int) -> Labels:
     """The labels that the round's teacher gave."""
-    state, device = read_torch(round_file(trial, name, number)), trial.splits.pool.device
-    label, confidence = state["label"].to(device), state["confidence"].to(device)
-    return Labels(state["predicted"].to(device), PseudoLabels(label, confidence))
+    state = read_torch(round_file(trial, name, number))
+    return Labels(*(state[part].to(trial.splits.pool.device) for part in Labels._fields))
 
 
 def read_model(trial: Trial, name: str, number: int) -> nn.Module:
     """The round's teacher."""
-    model = new_networks(trial).student
+    model = untrained_network(trial)
     model.load_state_dict(read_torch(round_file(trial, name, number))["model"])
     return model
 
@@ -475,15 +444,10 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     config, splits = trial.config, trial.splits
     parts = {"labelled": splits.labelled.x, "validation": splits.val.x}
     parts |= {"pool": splits.pool, "test": splits.test.x}
-    report = {"sizes": {name: len(part) for name, part in parts.items()}}
-    report["arms"] = {
-        name: {
-            "rounds": [judge_round(trial, name, row) for row in outcome.rows],
-            "kept": outcome.kept,
-            "reason": outcome.reason,
-        }
-        for name, outcome in outcomes.items()
-    }
+    report = {"sizes": {name: len(part) for name, part in parts.items()}, "arms": {}}
+    for name, (rows, kept) in outcomes.items():
+        rounds = [judge_round(trial, name, row) for row in rows]
+        report["arms"][name] = {"rounds": rounds, "kept": kept}
     if config.compare:
         report["sklearn"] = evaluate_sklearn(trial, "supervised", splits.labelled)
         if config.val_per_class:
@@ -494,7 +458,7 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
 
 def judge_round(trial: Trial, name: str, row: dict) -> dict:
     splits, number = trial.splits, row["epoch"]
-    labels = read_round(trial, name, number).given.label
+    labels = read_round(trial, name, number).label
     left_out = ("stage", "epoch", "train_loss")
     numbers = {"round": number} | {key: x for key, x in row.items() if key not in left_out}
     logits = predict(read_model(trial, name, number), splits.test.x)
@@ -535,9 +499,6 @@ def summarise(repeats: list[dict], config: Config) -> dict:
             metrics[key] = {
                 name: summary_of_seeds([one[key][name] for one in repeats]) for name in names
             }
-    rounds = [arm["rounds"] for report in repeats for arm in report["arms"].values()]
-    seconds = [row["seconds"] for rows in rounds for row in rows[1:]]
-    metrics["seconds_per_round"] = median(seconds) if seconds else None
     return metrics
 
 
@@ -557,7 +518,6 @@ def summarise_arm(trials: list[dict], stop: str) -> dict:
         "kept_by": by_stop,
         "pseudo_label_accuracy": summary_of_seeds(right) if right else None,
         "best_round": best,
-        "termination": [trial["reason"] for trial in trials],
         "rounds": [trial["rounds"] for trial in trials],
     }
 
@@ -603,7 +563,7 @@ def plot_results(source: Source, metrics: dict, trial: Trial, outcome: Outcome) 
 def surest(trial: Trial, name: str, number: int, *, only_wrong: bool) -> dict:
     """Pictures, labels, truths and confidences of a round's 16 surest pseudo-labels."""
     splits = trial.splits
-    label, confidence = read_round(trial, name, number).given
+    _, label, confidence = read_round(trial, name, number)
     wrong = (label != splits.hidden) & (splits.hidden != UNKNOWN)
     wanted = wrong if only_wrong else torch.ones_like(wrong)
     order = by_confidence(confidence, trial.fingerprints)
