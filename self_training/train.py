@@ -10,6 +10,7 @@ Run it with `python self_training/train.py`, or with `--labels_per_class 1`.
 import csv
 import io
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,7 +181,7 @@ def main() -> None:
         dataset=source.name,
         headline=headline(metrics, config),
         metrics=metrics,
-        use=f"python self_training/predict.py {run} PICTURE...",
+        use=f"python self_training/predict.py {shlex.quote(str(run))} PICTURE...",
     )
 
 

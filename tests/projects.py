@@ -74,7 +74,7 @@ def tiny_run(project: str) -> tuple[Path, str, str]:
         mock.patch.object(socket, "getaddrinfo", refuse),
         contextlib.redirect_stderr(errors),
     ):
-        output = call(load_project(project).train, *flags, "--out_dir", folder)
+        output = call(load_project(project).train, *flags, "--out_dir", Path(folder, "my runs"))
     return Path(output.splitlines()[-1]), output, errors.getvalue()
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import runpy
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -190,7 +191,8 @@ def test_a_run_writes_what_the_house_says(project):
     assert not [name for name in names if name.endswith(".tmp")]
     assert "warning: no picture" not in errors
     use, last = output.splitlines()[-2:]
-    assert use.startswith(f"use it: python {project}/predict.py {folder}")
+    command = shlex.split(use.removeprefix("use it: "))  # it can be copied, blanks and all
+    assert command[:3] == ["python", f"{project}/predict.py", str(folder)]
     assert last == str(folder)
 
 
