@@ -43,7 +43,7 @@ def plot_arms(metrics: dict, own: str, title: str, path: Path) -> None:
     left.set(xlabel="round", ylabel="test accuracy")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title("over the rounds: mean ± sd; dots: round kept")
-    left.legend(loc="lower right", fontsize=8)
+    left.legend(loc="best", fontsize=8)
     plot_scores(right, metrics, own)
     after = arms[own]["test_accuracy"]["mean"]
     before = ""
@@ -105,7 +105,7 @@ def plot_quality(arms: dict, own: str, classes: tuple[str, ...], title: str, pat
         arm = {"rounds": later, "best_round": arms[name]["best_round"]}
         plot_rounds(panels[1], arm, "changed", COLORS[name], LABELS[name])
     panels[0].set(xlabel="round", ylabel="share that is right", title="correctness, all seeds")
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="best")
     panels[1].set(xlabel="round", ylabel="share of the labels that changed", ylim=(0, None))
     panels[1].set_title("agreement with the round before")
     rows = [row for row in arms[own]["rounds"][0] if row["pseudo_labels"]]
