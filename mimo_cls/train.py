@@ -148,24 +148,17 @@ def main() -> None:
         data = load_data(config).to(device)
     open_run(run, config, data.name, data.train, data.val, data.test, data.strange)
     metrics = {"overhead": count_cost(data, config)}
-    arms = {name: [] for name in plans(config, 0)}
-    for number in range(config.runs if config.compare else 1):
-        for name, needed in plans(config, number).items():
-            arms[name].append([fit(plan, data, config, run) for plan in needed])
-    parts = images_by_part(data)
-    said = {
-        name: [
-            predict_all(networks, parts) for networks in tqdm(runs, name, leave=False, disable=None)
-        ]
-        for name, runs in arms.items()
-    }
+    runs = [plans(config, number) for number in range(config.runs if config.compare else 1)]
+    needed = dict.fromkeys(plan for arms in runs for arm in arms.values() for plan in arm)
+    networks = {plan: fit(plan, data, config, run) for plan in needed}
+    said = predict_arms(runs, networks, images_by_part(data))
     metrics |= summarise(said, data, config)
-    mimo = arms["mimo"][0][0]
+    mimo = networks[runs[0]["mimo"][0]]
     variances = variance_shares(mimo, to_input(data.test.x[:VARIED]), CONTEXTS)
     metrics["independence"] = independence(variances)
     if config.study:
         metrics["study"] = study(data, config, run)
-    metrics["timing"] = timing(arms, data, config, run)
+    metrics["timing"] = timing(networks, data, config, run)
     plot_results(metrics, said, variances, data, config, run)
     save_model(mimo, data, config, run)
     finish_run(
@@ -231,9 +224,7 @@ def plans(config: Config, number: int) -> dict[str, list[Plan]]:
 
 
 def fit(plan: Plan, data: Data, config: Config, run: Path) -> MimoWideResNet:
-    """The network with its weights of the lowest validation NLL. A plan is trained once in a run,
-    however many arms it serves.
-    """
+    """The network with its weights of the lowest validation NLL."""
     seed_everything(config.seed, "initialisation", plan.number)
     model = MimoWideResNet(
         config.depth, plan.width, members=plan.members, classes=len(data.classes)
@@ -340,11 +331,27 @@ def images_by_part(data: Data) -> dict[str, Tensor]:
     return parts | data.strange
 
 
-def predict_all(networks: list[MimoWideResNet], parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """log p_m (N, M, C) of all members of all networks, on the CPU, by part."""
+def predict_all(network: MimoWideResNet, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """log p_m (N, M, C) of all members, on the CPU, by part."""
+    return {part: predict(network, x).cpu() for part, x in parts.items()}
+
+
+def predict_arms(
+    runs: list[dict[str, list[Plan]]],
+    networks: dict[Plan, MimoWideResNet],
+    parts: dict[str, Tensor],
+) -> dict[str, list[dict[str, Tensor]]]:
+    """log p_m of all members of an arm's networks, by arm, run and part; each network is asked
+    once, however many arms it serves.
+    """
+    bar = tqdm(networks.items(), "predicting", leave=False, disable=None)
+    own = {plan: predict_all(network, parts) for plan, network in bar}
     return {
-        part: torch.cat([predict(network, x).cpu() for network in networks], 1)
-        for part, x in parts.items()
+        name: [
+            {part: torch.cat([own[plan][part] for plan in arms[name]], 1) for part in parts}
+            for arms in runs
+        ]
+        for name in runs[0]
     }
 
 
@@ -453,7 +460,7 @@ def evaluate_runs(
     """Numbers of evaluate_arm for each run of a plan, and how often two members disagree."""
     found = []
     for number in range(config.runs):
-        said = predict_all([fit(plan._replace(number=number), data, config, run)], parts)
+        said = predict_all(fit(plan._replace(number=number), data, config, run), parts)
         disagreement = diversity(said["test"])["disagreement"]
         alone = [
             float(scores(one, data.test.y.cpu())["accuracy"]) for one in said["test"].unbind(1)
@@ -464,17 +471,19 @@ def evaluate_runs(
 
 
 def timing(
-    arms: dict[str, list[list[MimoWideResNet]]], data: Data, config: Config, run: Path
+    networks: dict[Plan, MimoWideResNet], data: Data, config: Config, run: Path
 ) -> dict[str, float]:
     """Seconds of training of run 0 by arm, and of a forward pass of 100 images."""
+    arms = plans(config, 0)
     numbers = {
         f"{name}_train_seconds": sum(
             row["train_seconds"] for plan in needed for row in read_rows(run, plan.name)
         )
-        for name, needed in plans(config, 0).items()
+        for name, needed in arms.items()
     }
     if config.compare:
-        numbers |= time_forward(arms["twin"][0][0], arms["mimo"][0][0], data.test.x)
+        pair = (networks[arms[name][0]] for name in ("twin", "mimo"))
+        numbers |= time_forward(*pair, data.test.x)
     return numbers
 
 

@@ -168,7 +168,7 @@ def test_readmes_and_plots_have_one_look(project):
     assert re.search(r"!\[.+?\]\(results/reference[\w-]*/[\w-]+\.png\)", top)
     prose = re.sub(r"```.*?```", "", readme, flags=re.DOTALL)
     words = " ".join(line for line in prose.splitlines() if not line.startswith("|")).split()
-    assert len(words) <= 700
+    assert len(words) <= 650
     assert f"python {project}/predict.py" in readme
     assert TYPE_SIZES in (ROOT / project / "plots.py").read_text().splitlines()
     for name in re.findall(r"\]\(([\w./-]+)\)", readme):
