@@ -41,7 +41,7 @@ TRAIN, data = PROJECT.train, PROJECT.data
 TINY = [
     "--dataset", "digits", "--device", "cpu", "--image_size", "8", "--train_images", "40",
     "--test_images", "20", "--epochs", "2", "--batch_size", "16", "--batch_repetition", "2",
-    "--width", "1", "--runs", "2", "--warmup_epochs", "1",
+    "--width", "1", "--runs", "2", "--warmup_epochs", "1", "--input_repetition", "0",
 ]  # fmt: skip
 
 
