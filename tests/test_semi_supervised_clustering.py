@@ -1141,7 +1141,7 @@ def test_model_and_predictions_are_those_of_split_0():
 
 
 def test_history_is_the_descent_and_the_splits():
-    folder, output, _ = tiny_run(PROJECT)
+    folder, *_ = tiny_run(PROJECT)
     rows, metrics = rows_of(folder / "history.csv"), report_of(folder)["metrics"]
     stages = [row["stage"] for row in rows]
     assert stages.count("splits") == 2
@@ -1161,7 +1161,6 @@ def test_history_is_the_descent_and_the_splits():
     same = metrics["by_labels"]["10"]
     assert metrics["by_alpha"]["10"]["1"]["accuracy"] == same["ours3"]["accuracy"]
     assert metrics["by_alpha"]["10"]["0"]["accuracy"] == same["seeded3"]["accuracy"]
-    assert f"predict.py {folder}" in output
     for name in ("clusters", "objective", "labels", "alpha"):
         assert (folder / f"{name}.png").stat().st_size > 5000
 
