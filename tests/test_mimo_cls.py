@@ -949,6 +949,18 @@ def test_the_study_compares_each_ensemble_with_the_twin_of_its_width(tmp_path, m
     assert (tmp_path / "room.png").is_file()
 
 
+def test_times_are_of_the_arms_that_they_are_named_for(monkeypatch, tmp_path):
+    config = tiny_config()
+    networks = {plan: plan for arm in TRAIN.plans(config, 0).values() for plan in arm}
+    monkeypatch.setattr(TRAIN, "time_forward", lambda twin, mimo, _: {"pair": (twin, mimo)})
+    seconds = [{"train_seconds": 2.0}, {"train_seconds": 3.0}]
+    wanted = networks[TRAIN.Plan(1, 2, 0.0, 0)].name
+    monkeypatch.setattr(TRAIN, "read_rows", lambda _, name: seconds[: 1 + (name == wanted)])
+    found = TRAIN.timing(networks, digits(size=8), config, tmp_path)
+    assert found["mimo_train_seconds"] == 5 and found["twin_train_seconds"] == 2
+    assert [plan.members for plan in found["pair"]] == [1, 2]
+
+
 def test_the_study_trains_what_it_says():
     folder, report = studied()
     metrics = report["metrics"]
