@@ -77,7 +77,7 @@ def load(
     hint = "" if dataset == "csv" else " (for real ones see tweets.yaml)"
     note = f"data: {name}{hint}, {len(texts)} different tweets of {len(rows)} rows"
     note += f", {rows.count('')} of them empty" if "" in rows else ""
-    note += f"; {len(bad)} rows left out, the first: {bad[0]}" if bad else ""
+    note += f"; rows left out: {len(bad)}, the first: {bad[0]}" if bad else ""
     return Tweets(name, *parts, note)
 
 
@@ -126,10 +126,10 @@ def find_columns(path: Path, header: list[str], columns: list[str]) -> list[int]
     """Their places. Raises DataError for one that is missing or occurs twice."""
     for column in columns:
         if header.count(column) != 1:
-            there = ", ".join(header)[:200]
-            hint = " (--language any takes all rows)" if column == "language" else ""
+            there = ", ".join(header)[:200] or "none"
+            hint = "--language any takes all rows" if column == "language" else "see --text_column"
             count = "are two columns" if column in header else "is no column"
-            raise DataError(f"{path}: there {count} '{column}' among {there}{hint}")
+            raise DataError(f"{path}: there {count} '{column}' among: {there} ({hint})")
     return [header.index(column) for column in columns]
 
 

@@ -9,7 +9,7 @@ matplotlib.rcdefaults()
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
 TRAIN, VALIDATION, BASELINE, METHOD = "tab:blue", "tab:orange", "tab:gray", "tab:green"
@@ -27,7 +27,7 @@ def plot_curves(
 ) -> None:
     """Loss over the epochs of fine-tuning and from scratch, and of pretraining where there is one.
 
-    `unigram` is the validation loss of always saying the most frequent tokens.
+    `unigram` is the validation loss of always predicting the most frequent tokens.
     """
     figure, panels = plt.subplots(
         1, 2 if pretraining else 1, figsize=(9, 4), layout="constrained", squeeze=False, sharey=True
@@ -49,16 +49,24 @@ def plot_curves(
         panels[0, 0].legend()
     panels[0, 0].set_ylabel("loss per masked token (nats)")
     axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a file's name may have a $
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw(axes, rows: list[dict], key: str, label: str, color: str, style: str = "-") -> None:
+def draw(axes: Axes, rows: list[dict], key: str, label: str, color: str, style: str = "-") -> None:
     """One curve; row 0, before any step, has no training loss."""
     points = [(row["epoch"], row[key]) for row in rows if key in row]
     axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    mark_epochs(axes)
+
+
+def mark_epochs(axes: Axes) -> None:
+    """Whole epochs on the x axis, and a dot for a curve of one epoch, which has no line."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for line in axes.lines:
+        if len(line.get_xdata()) == 1:
+            line.set_marker("o")
 
 
 def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
@@ -93,7 +101,7 @@ def plot_accuracy(scores: dict[str, dict], title: str, path: Path) -> None:
     right.set(ylabel="top-1 accuracy", title="by kind of word (number of tokens)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -117,7 +125,7 @@ def plot_gaps(sections: dict[str, list[dict]], title: str, path: Path) -> None:
             for x, name, color in ((0, "before", BEFORE), (5.2, "after", METHOD)):
                 draw_fillings(axes, row["best"][name], row["word"], (x, y + 0.95), color)
             y += 2
-    figure.suptitle(f"{title}: the five best fillings of a gap")
+    figure.suptitle(f"{title}: the five best fillings of a gap", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -134,7 +142,11 @@ def sentence(row: dict, most: int = 100) -> str:
 
 
 def draw_fillings(
-    axes, best: list[tuple[str, float]], right: str | None, corner: tuple[float, float], color: str
+    axes: Axes,
+    best: list[tuple[str, float]],
+    right: str | None,
+    corner: tuple[float, float],
+    color: str,
 ) -> None:
     """A cell for each, the darker the more probable; the word `right` is framed."""
     x, y = corner

@@ -1,4 +1,4 @@
-"""A run's BERT used on your own texts: words for a gap, and how surprising a text is.
+"""The BERT of a run on your own texts: words for a gap, and how surprising a text is.
 
     python bert_mlm/predict.py RUN "We need [MASK] and blankets."
     python bert_mlm/predict.py RUN texts.txt more.csv --text_column text
@@ -180,7 +180,7 @@ def report(gaps: list[dict], surprise: list[dict], bad: list[str], folder: Path)
     for row in surprise:
         print(f"{float(row['per_token']):8.3f} per token  {in_one_line(row['text'])}")
     if bad:
-        print(f"{len(bad)} texts left out, the first: {bad[0]}")
+        print(f"texts left out: {len(bad)}, the first: {bad[0]}")
     if gaps:
         try_plot(plot_fillings, gaps, folder / "fillings.png")
     if surprise:

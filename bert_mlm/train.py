@@ -92,7 +92,7 @@ from model import (
 )
 from plots import plot_accuracy, plot_curves, plot_gaps
 
-FIRST_STEPS = 10  # from which the time is estimated
+FIRST_STEPS = 10  # the time is estimated from these but the first, in which a GPU loads its kernels
 MOST_MASKS = 100
 MASK_ERROR = 0.02
 GAPS = 200  # test tweets in which a word is filled
@@ -199,7 +199,8 @@ class Trial(NamedTuple):
 def main() -> None:
     config, run, device = start_run(Config, __doc__, several=True)
     tweets = load_tweets(config, config.seed)
-    print(tweets.note)
+    sizes = ", ".join(f"{part} {len(getattr(tweets, part))}" for part in ("train", "val", "test"))
+    print(f"{tweets.note}; {sizes}")
     quiet()
     start = starting_point(config, run, device, tweets)
     trials = [compare(start, config, run, config.seed + n) for n in range(config.seeds)]
@@ -263,7 +264,7 @@ def starting_point(config: Config, run: Path, device: torch.device, tweets: Twee
     about |= {"missing": missing, "parameters": sum(p.numel() for p in model.parameters())}
     if missing:
         about["note"] = f"without a whole MLM head: {', '.join(missing)} begin at random"
-    print(f"model: {about['name']}, {about['parameters']:,} parameters. {about['note']}")
+    print(f"model: {about['name']}, {about['parameters']:,} parameters. {about['note']}".rstrip())
     masking = Masking(tokenizer, config.mask_probability, config.whole_words)
     lr = config.small_lr if config.model == "small" else config.lr
     return Start(model.to(device), tokenizer, masking, lr, about)
@@ -436,7 +437,7 @@ def train_one_epoch(
 ) -> float:
     """Loss per chosen token. Raises FloatingPointError if a loss was not finite."""
     model.train()
-    losses, tokens, began = [], 0, time.perf_counter()
+    losses, tokens, began = [], 0, 0.0
     for chosen in tqdm(batches, label, leave=False, disable=None):
         batch = masking([stage.train[place] for place in chosen])
         count = int((batch["labels"] != IGNORE).sum())
@@ -452,8 +453,10 @@ def train_one_epoch(
         schedule.step()
         losses.append(loss.detach() * count)
         tokens += count
+        if len(losses) == 1:
+            began = time.perf_counter()
         if len(losses) == FIRST_STEPS:
-            tell_time(stage, schedule, (time.perf_counter() - began) / FIRST_STEPS)
+            tell_time(stage, schedule, (time.perf_counter() - began) / (FIRST_STEPS - 1))
     return float(sum_losses(losses, label)) / max(tokens, 1)
 
 
@@ -461,7 +464,7 @@ def tell_time(stage: Stage, schedule: torch.optim.lr_scheduler.LRScheduler, seco
     """Of a stage's first steps, once, if it takes more than a minute."""
     steps = stage.epochs * math.ceil(len(stage.train) / stage.batch_size)
     if schedule.last_epoch == FIRST_STEPS and steps * seconds > 60:
-        minutes = f"about {steps * seconds / 60:.0f} minutes"
+        minutes = f"about {steps * seconds / 60:.0f} min"
         print(f"{stage.name}: {seconds:.2g} s a step, {minutes} for at most {steps} steps")
 
 

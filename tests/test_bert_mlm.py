@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -416,7 +417,7 @@ def test_text_stays_text_and_rows_that_do_not_fit_are_named(tmp_path):
     lines += [f"tweet {n},en" for n in range(20)] + ["bad, comma,en", "also, bad,en"]
     tweets = load(write_csv(tmp_path / "a.csv", lines))
     assert {"1.5", "1e3", "NA", "null", "true"} < {t for part in tweets[1:4] for t in part}
-    assert re.search(r"2 rows left out, the first: .*a.csv: line 27 has 3 cells", tweets.note)
+    assert re.search(r"rows left out: 2, the first: .*a.csv: line 27 has 3 cells", tweets.note)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -430,8 +431,13 @@ def test_columns_are_separated_as_in_the_header(tmp_path, separator):
 @pytest.mark.parametrize(
     ("header", "lines", "changes", "complaint"),
     [
-        ("text,language", ["a,en"], {}, "no column 'content' among text, language"),
-        ("content", ["a"], {}, "no column 'language' among content .--language any takes all"),
+        (
+            "text,language",
+            ["a,en"],
+            {},
+            "no column 'content' among: text, language .see --text_column",
+        ),
+        ("content", ["a"], {}, "no column 'language' among: content .--language any takes all"),
         ("content,language", ["a,en"] * 20, {}, "at least 10 different tweets, found 1"),
         ("content,language", ["a,de"] * 20, {}, "at least 10 different tweets, found 0"),
         ("content,language", ['"a,en'] * 3, {}, "not a csv"),
@@ -631,6 +637,26 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_stage(start, tmp_path, monke
     assert not torch.equal(
         net.get_input_embeddings().weight, seen[2]["bert.embeddings.word_embeddings.weight"]
     )
+
+
+def test_the_estimated_time_leaves_out_the_first_step(start, monkeypatch, capsys):
+    """In which a GPU loads its kernels: here it takes 100 s, each other step 2 s."""
+    texts = model.encode(start.tokenizer, some_texts(0, 24), 64)
+    stage = T.Stage("s", texts, [], 5, 9, 2, 1e-3, 0)
+    net, options = copy.deepcopy(start.model), {"fresh": [], "fresh_lr": 1e-3}
+    optimizer, schedule = model.adamw(net, 60, lr=1e-3, warmup=0.1, weight_decay=0.01, **options)
+    seconds = []
+
+    def slow_loss(*parts):
+        seconds.append(2 if seconds else 100)
+        return model.mlm_loss(*parts)
+
+    monkeypatch.setattr(T, "mlm_loss", slow_loss)
+    monkeypatch.setattr(T, "time", SimpleNamespace(perf_counter=lambda: sum(seconds)))
+    batches = T.batches_of_pass(stage, 0)
+    T.train_one_epoch(net, stage, batches, start.masking, optimizer, schedule, "s")
+    assert len(batches) == 12
+    assert capsys.readouterr().out == "s: 2 s a step, about 2 min for at most 60 steps\n"
 
 
 def test_two_steps_by_hand(start, monkeypatch):
@@ -1088,7 +1114,7 @@ def test_predict_reads_stdin_and_names_what_it_leaves_out(tmp_path, run_folder, 
     output, gaps, rows = predict(run_folder, tmp_path)
     assert [row["text"] for row in gaps] == ["we need [MASK]"]
     assert [row["text"] for row in rows] == ["whole text"]
-    assert "3 texts left out, the first: '雪' (no word in it)" in output
+    assert "texts left out: 3, the first: '雪' (no word in it)" in output
     for bad, complaint in (
         ("no.csv", "no.csv"),
         ("no.txt", "no.txt"),
