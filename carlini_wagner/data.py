@@ -377,7 +377,7 @@ def frame_digits(x: Tensor, y: Tensor, rows: Tensor) -> Examples:
 
 def choose_digits(y: Tensor, right: Tensor, *, target: str, count: int) -> tuple[Tensor, Tensor]:
     """`count` images and the classes to reach, (N,) each, from all classes and whether they are
-    seen rightly.
+    classified correctly.
 
     Targets: in turn every class to every other one (`pairs`); of each image, (y + 1) mod 10
     (`next`), its own (`any`, to be left), or one digit. Raises DataError if there is no such image.
@@ -395,7 +395,9 @@ def choose_digits(y: Tensor, right: Tensor, *, target: str, count: int) -> tuple
         found = [(left[one].pop(0), other) for one, other in places if left[one]]
         chosen, goals = [place for place, _ in found], [goal for _, goal in found]
     if not chosen:
-        raise DataError("epochs: the network sees no such digit rightly; train it for longer")
+        raise DataError(
+            "epochs: the network classifies no such digit correctly; train it for longer"
+        )
     return torch.tensor(chosen), torch.tensor(goals)
 
 

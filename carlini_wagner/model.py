@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 STRETCH = 0.01  # tanh reaches this far beyond the pixels' range on either side
 SLACK = 3e-5  # asked beyond kappa, as a share of the scores' range: sums in another order differ
-WINDOWS = 10  # a picture's progress is judged this often in one round of the search over c
+WINDOWS = 10  # a picture's progress is checked this often in one round of the search over c
 PROGRESS = 1e-4  # the share by which its objective has to fall from window to window
 LEVEL = 1 / 255  # of an 8-bit picture
 

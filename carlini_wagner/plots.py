@@ -50,16 +50,19 @@ def plot_example(
             text = f"difference x {scale},\n0 is grey" if scale > 1 else "difference,\n0 is grey"
             column[2].text(0.5, 0.5, text, ha="center", va="center")
         else:
-            difference = (0.5 + scale * (picture - x)).clamp(0, 1)
-            column[2].imshow(difference.permute(1, 2, 0).cpu())
-            how = "" if notes[name]["png_success"] else "failed, closest try\n"
-            numbers = f"L2 {notes[name]['l2']:.3f}, margin {notes[name]['margin']:.3f}"
-            column[2].set_title(how + numbers, fontsize=9)
+            draw_difference(column[2], scale * (picture - x), notes[name])
         column[0].axis("off")
         column[2].axis("off")
-    figure.suptitle(f"What the network sees in the saved PNG: {literal(title)}")
+    figure.suptitle(f"What the network sees in the saved PNG\n{literal(title)}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_difference(axes: plt.Axes, difference: Tensor, note: dict) -> None:
+    """The magnified difference (3, H, W) around grey, under the numbers of its attack."""
+    axes.imshow((0.5 + difference).clamp(0, 1).permute(1, 2, 0).cpu())
+    how = "" if note["png_success"] else "failed, closest try\n"
+    axes.set_title(f"{how}L2 {note['l2']:.3f}, margin {note['margin']:.3f}", fontsize=9)
 
 
 def literal(text: str) -> str:
@@ -118,7 +121,7 @@ def plot_queries(traces: dict[str, Tensor], title: str, path: Path) -> None:
         middle = best.median(1).values
         bottom.plot(queries, torch.where(middle.isinf(), torch.nan, middle), **options)
     top.set(ylabel="share of pictures with success", ylim=(-0.03, 1.03))
-    figure.suptitle(f"What a query buys, before rounding: {title}")
+    figure.suptitle(f"Success and distance by query, before rounding: {title}")
     bottom.set(ylabel="median L2, failures infinite\n(pixels in [0, 1])", xscale="log")
     bottom.set_xlabel("queries per picture (each one forward and one backward pass)")
     top.legend()
@@ -171,16 +174,8 @@ def plot_matrix(
 
     On the diagonal of the pictures stands an original; a failure has an infinite L2.
     """
-    count, side = len(classes), x.shape[-1]
-    mosaic = np.ones((count * side, count * side, 3))
-    cells = [[[] for _ in classes] for _ in classes]
-    for picture, other, (source, target), value in zip(x.cpu(), png.cpu(), pairs, l2, strict=True):
-        for column, shown in ((source, picture), (target, other)):
-            rows = slice(source * side, (source + 1) * side)
-            mosaic[rows, column * side : (column + 1) * side] = shown.permute(1, 2, 0)
-        cells[source][target] += [value] if np.isfinite(value) else []
-    means = np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in cells])
-
+    count = len(classes)
+    mosaic, means = arrange(x.cpu(), png.cpu(), pairs, l2, count)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
     left.imshow(mosaic, extent=(-0.5, count - 0.5, count - 0.5, -0.5), interpolation="nearest")
     left.set_title("the PNGs, originals on the diagonal")
@@ -201,3 +196,21 @@ def plot_matrix(
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def arrange(
+    x: Tensor, png: Tensor, pairs: list[tuple[int, int]], l2: list[float], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mosaic of pictures (count * H, count * W, 3), and the mean L2 (count, count) of the
+    successes, nan where there are none; rows are sources, columns targets.
+    """
+    side = x.shape[-1]
+    mosaic = np.ones((count * side, count * side, 3))
+    cells = [[[] for _ in range(count)] for _ in range(count)]
+    for picture, other, (source, target), value in zip(x, png, pairs, l2, strict=True):
+        for column, shown in ((source, picture), (target, other)):
+            rows = slice(source * side, (source + 1) * side)
+            mosaic[rows, column * side : (column + 1) * side] = shown.permute(1, 2, 0)
+        cells[source][target] += [value] if np.isfinite(value) else []
+    means = np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in cells])
+    return mosaic, means

@@ -87,7 +87,7 @@ def print_seen(
     if count > len(rows):
         print(f"and {count - len(rows)} more")
     if bad:
-        print(f"{len(bad)} unreadable files left out, the first: {bad[0]}")
+        print(f"unreadable files left out: {len(bad)}, the first: {bad[0]}")
     try_plot(plot_seen, rows, shown, folder / "seen.png")
     print(folder)
 

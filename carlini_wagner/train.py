@@ -1,8 +1,8 @@
-"""Carlini & Wagner's attack: as small a change of a picture as makes a network see what is asked.
+"""Carlini & Wagner's attack: the smallest change of a picture that makes a network see a target.
 
 Three ways side by side: the project owner's rule on probabilities, the paper's objective on logits
 with a search over the constant c, and a fast one that decouples direction and norm. What comes out
-are 8-bit PNGs, judged after they are read back from disk.
+are 8-bit PNGs, measured after they are read back from disk.
 
 Run it with `python carlini_wagner/train.py`, or with `--kappa 5 --criteria logits,fast`.
 """
@@ -243,7 +243,9 @@ def attacked_network(
 def digits_task(
     config: Config, run: Path, device: torch.device
 ) -> tuple[Task, list[nn.Module], dict]:
-    """Test pictures that the network sees rightly; the networks are trained here."""
+    """Test pictures that the network classifies correctly; the networks are trained here."""
+    if config.target not in ("pairs", "next", "any"):
+        class_number(config.target, DIGITS)  # a mistake ends the run before networks are trained
     splits = load_splits(config)
     open_run(run, config, config.dataset, *splits)
     train, val, test = (part.to(device) for part in splits)
@@ -495,7 +497,7 @@ def plot_results(
     traces = {name: outcome.found.trace for name, outcome in outcomes.items()}
     lines = {name: trace[..., place] for name, trace in traces.items()}
     try_plot(plot_search, lines, title, run / "search.png")
-    count = f"{config.dataset}, {len(task.x)} pictures"
+    count = f"{config.dataset}, {len(task.x)} picture{'s' if len(task.x) > 1 else ''}"
     try_plot(plot_queries, traces, count, run / "queries.png")
     l2 = {
         name: [row["l2"] if row["png_success"] else math.inf for row in metrics[name]["pictures"]]

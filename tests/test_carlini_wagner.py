@@ -1240,7 +1240,7 @@ def check_prediction(folder: Path, rows: list[dict], photos: Path, tmp_path: Pat
     lines = list(csv.DictReader((place / "predictions.csv").open()))
     assert [line["file"] for line in lines] == ["a.png", "b.jpg", "c$.png"]
     assert [line["class"] for line in lines] == [row["class_before"] for row in rows]
-    assert "2 unreadable files left out, the first" in output and "d.png" in output
+    assert "unreadable files left out: 2, the first" in output and "d.png" in output
     assert (place / "seen.png").stat().st_size > 5000 and "l2" not in lines[0]
     (photos.parent / "none").mkdir()
     with pytest.raises(data.DataError, match=r"d\.png"):
@@ -1293,6 +1293,12 @@ def test_a_setting_that_cannot_be_is_named(flags, complaint, capsys, tmp_path):
         call(story, *flags, "--out_dir", tmp_path / "runs", "--device", "cpu")
     assert end.value.code == 2 and complaint in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_digit_that_is_none_is_named_before_networks_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(story, "load_splits", None)
+    with pytest.raises(data.DataError, match="none of that name"):
+        call(story, "--target", "cat", "--out_dir", tmp_path / "runs", "--device", "cpu")
 
 
 def test_what_cannot_be_had_is_named_and_leaves_no_folder(exported, photos, tmp_path):
