@@ -1,5 +1,6 @@
 """The pictures of a run: each function turns arrays into one PNG."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -48,13 +49,23 @@ def plot_curves(
     apart = watch.twinx()
     apart.plot(epochs, column(rows, "mean_distance"), "--", color=TRAIN)
     apart.set(ylabel="distance (embedding units)", ylim=(0, None))
+    mark_epochs(apart)
     watch.plot([], [], "--", color=TRAIN, label="mean distance (right)")
     for axes in grid.flat:
+        mark_epochs(axes)
         above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
         axes.legend(**above if axes is watch else {})
     draw_title(figure, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def mark_epochs(axes: Axes) -> None:
+    """Whole epochs on the x axis, and a dot for a curve of one epoch, which has no line."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for line in axes.lines:
+        if len(line.get_xdata()) == 1:
+            line.set_marker("o")
 
 
 def draw_title(figure: Figure, title: str) -> None:
@@ -92,10 +103,7 @@ def plot_maps(
         axes.set_title(name if count > 1 else "")
         axes.set(xlabel=f"embedding, {axis} 1", ylabel=f"embedding, {axis} 2")
     draw_title(figure, title)
-    marks = [
-        Line2D([], [], linestyle="", marker="o", color=color, label=tidy(name))
-        for name, color in zip(classes, colours(classes), strict=True)
-    ]
+    marks = class_marks(classes)
     grey = {"linestyle": "", "color": "dimgray"}
     marks.append(Line2D([], [], marker=".", markersize=3, alpha=0.6, label="train", **grey))
     marks.append(Line2D([], [], marker="o", markersize=5, label="test", **grey))
@@ -108,11 +116,16 @@ def plot_maps(
 def draw_map(axes: Axes, points: dict, palette: np.ndarray, scale: float) -> None:
     (train, train_y), (test, test_y) = points["train"], points["test"]
     right, wrong = ~points["wrong"], points["wrong"]
-    axes.scatter(*train.T, c=palette[train_y], s=2 * scale, alpha=0.25, linewidth=0)
+    axes.scatter(*train.T, c=palette[train_y], linewidth=0, **dots(len(train), 2 * scale, 0.25))
     marks = {"edgecolor": "white", "linewidth": 0.4}
     axes.scatter(*test[right].T, c=palette[test_y[right]], s=9 * scale, **marks)
     marks = {"edgecolor": "black", "linewidth": 0.7}
     axes.scatter(*test[wrong].T, c=palette[test_y[wrong]], s=32 * scale, marker="X", **marks)
+
+
+def dots(count: int, size: float, alpha: float = 1.0) -> dict[str, float]:
+    """For scatter: few points are larger and darker, so that they can be seen."""
+    return {"s": size, "alpha": alpha} if count > 500 else {"s": 2 * size, "alpha": max(alpha, 0.6)}
 
 
 def plot_film(
@@ -127,24 +140,21 @@ def plot_film(
     epochs = sorted(frames)
     places = np.unique(np.linspace(0, len(epochs) - 1, 8).round().astype(int))
     shown = [epochs[place] for place in places]
-    columns = (len(shown) + 1) // 2
+    columns = min(4, len(shown))
+    lines = math.ceil(len(shown) / columns)
     options = {"sharex": True, "sharey": True, "layout": "constrained", "squeeze": False}
-    figure, panels = plt.subplots(2, columns, figsize=(9, 5.4), **options)
+    figure, panels = plt.subplots(lines, columns, figsize=(9, 0.8 + 2.3 * lines), **options)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
     for axes, epoch in zip(panels.flat, shown, strict=False):
-        axes.scatter(*frames[epoch].T, c=colours(classes)[y], s=5, linewidth=0)
+        axes.scatter(*frames[epoch].T, c=colours(classes)[y], linewidth=0, **dots(len(y), 5))
         axes.set_title(f"epoch {epoch}")
     for axes in panels[:, 0]:
         axes.set_ylabel(f"embedding, {axis} 2")
     for axes in panels[-1]:
         axes.set_xlabel(f"embedding, {axis} 1")
     draw_title(figure, f"{name}: the embedding of the validation images as it forms")
-    marks = [
-        Line2D([], [], linestyle="", marker="o", color=color, label=tidy(label))
-        for label, color in zip(classes, colours(classes), strict=True)
-    ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6))
+    draw_legend(figure, classes)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -180,7 +190,7 @@ def plot_triplets(triplets: list[dict], classes: tuple[str, ...], title: str, pa
     size = (1.5 * count + 0.6, 5.6)
     figure, panels = plt.subplots(3, count, figsize=size, layout="constrained", squeeze=False)
     for line, triplet in zip(panels.T, triplets, strict=True):
-        notes = ["", *(f"d = {distance:.2f}" for distance in triplet["distances"])]
+        notes = ["", *(f"d = {distance:.3g}" for distance in triplet["distances"])]
         for axes, image, label, note in zip(
             line, triplet["images"], triplet["labels"], notes, strict=True
         ):
@@ -232,11 +242,18 @@ def draw_picture(axes: Axes, point: np.ndarray, image: np.ndarray, color: object
 
 
 def draw_legend(figure: Figure, classes: tuple[str, ...]) -> None:
-    marks = [
+    """Below the figure, in as many columns as fit into about 8 inches."""
+    marks = class_marks(classes)
+    wide = 0.5 + 0.065 * sum(len(mark.get_label()) for mark in marks) / len(marks)
+    ncols = min(len(classes), 6, int(7.5 / wide))
+    figure.legend(handles=marks, loc="outside lower center", ncols=ncols)
+
+
+def class_marks(classes: tuple[str, ...]) -> list[Line2D]:
+    return [
         Line2D([], [], linestyle="", marker="o", color=color, label=tidy(name))
         for name, color in zip(classes, colours(classes), strict=True)
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=min(len(classes), 6))
 
 
 def plot_retrieval(
@@ -256,7 +273,7 @@ def plot_retrieval(
         for axes, image, label, distance in found:
             right = "tab:green" if label == row["label"] else "tab:red"
             color = BASELINE if row["label"] is None else right
-            draw_framed(axes, image, f"{tidy(classes[label], 14)}\n{distance:.2f}", color)
+            draw_framed(axes, image, f"{tidy(classes[label], 14)}\n{distance:.3g}", color)
         for axes in panels[1 + len(row["images"]) :]:
             axes.axis("off")
     what = "picture, and the nearest training pictures with their distances"
@@ -288,7 +305,7 @@ def plot_new_points(
     """
     figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
     palette = colours(classes)
-    axes.scatter(*train.T, c=palette[y], s=4, alpha=0.35, linewidth=0)
+    axes.scatter(*train.T, c=palette[y], linewidth=0, **dots(len(train), 4, 0.35))
     for point, image in pictures:
         draw_picture(axes, point, image, "black")
     size = 90 if len(new) <= 200 else 20

@@ -1,4 +1,4 @@
-"""What a trained run says of your own pictures of leaves.
+"""What a trained network predicts for your own pictures of leaves.
 
 Class and probability, the place on the map, and the five nearest training pictures of each; the map
 of the training pictures with the new ones on it.
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             if len(shown) < SHOWN:
                 shown.append(found)
     if not shown:
-        raise DataError(f"none of {len(bad)} files could be read, the first: {bad[0]}")
+        raise DataError(f"no picture could be read, the first: {bad[0]}")
     plot_pictures(np.stack(places), np.array(labels), shown, saved, folder)
     print_table(shown, labels, bad, saved)
     print(folder)
@@ -142,9 +142,9 @@ def print_table(shown: list[Prediction], labels: list[int], bad: list[str], save
         print(f"{found.probability:6.3f}  {name:<24}  nearest: {near:<24}  {found.name}")
     counts = np.bincount(labels, minlength=len(classes))
     parts = [f"{count} {name}" for name, count in zip(classes, counts, strict=True) if count]
-    print(f"{len(labels)} pictures: {', '.join(parts)}")
+    print(f"pictures: {len(labels)} ({', '.join(parts)})")
     if bad:
-        print(f"{len(bad)} could not be read, the first: {bad[0]}")
+        print(f"unreadable files left out: {len(bad)}, the first: {bad[0]}")
 
 
 if __name__ == "__main__":

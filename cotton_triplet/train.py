@@ -191,7 +191,8 @@ def load_data(config: Config, device: torch.device) -> Data:
     batch = min(config.classes_per_batch, len(data.classes)) * config.pictures_per_class
     if batch > 2048:  # triplets are counted in billions
         raise DataError(f"pictures_per_class: {batch} pictures in a batch; expected at most 2048")
-    print(data.note)
+    sizes = ", ".join(f"{part} {len(getattr(data, part).x)}" for part in PARTS)
+    print(f"{data.note}; {sizes}")
     return data.to(device)
 
 
@@ -246,11 +247,17 @@ def fit(
         row |= evaluate(outputs, data.val.y, triplet_weight)
         keep_frame(run / f"film-{method}.pt", row["epoch"], outputs.embedding.cpu())
         if row["collapsed"] and triplet_weight:
-            print(
-                f"warning: no map yet, or no longer: pictures of one class lie "
-                f"{row['within_to_between']:.2f} times as far apart as those of two, which are "
-                f"{row['mean_distance']:.2g} apart; if it stays so: mining gradual, or a smaller lr"
-            )
+            print(warning(row, config.mining))
+
+
+def warning(row: dict, mining: str) -> str:
+    """Of an epoch whose map is lost."""
+    advice = "a smaller lr" if mining == "gradual" else "mining gradual, or a smaller lr"
+    return (
+        "warning: no map yet, or no longer: pictures of one class lie "
+        f"{row['within_to_between']:.2f} times as far apart as those of two, which are "
+        f"{row['mean_distance']:.2g} apart; if it stays so: {advice}"
+    )
 
 
 def rate_groups(model: TwoHeads, config: Config) -> list[dict]:
@@ -319,7 +326,7 @@ def margin_of(config: Config) -> float | None:
 
 @torch.no_grad()
 def predict(model: TwoHeads, examples: Examples) -> Outputs:
-    """What the model says of all examples, in float32."""
+    """The model's outputs for all examples, in float32."""
     model.eval()
     parts = [model(x) for x, _ in batches(examples, BATCH)]
     return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -1273,7 +1273,7 @@ def test_predictions_are_those_of_evaluation(run, again, tmp_path):
     output = call(predictor, run, tmp_path / "mine", "--out_dir", tmp_path / "out")
     (out,) = (tmp_path / "out").iterdir()
     assert output.splitlines()[-1] == str(out)
-    assert "1 could not be read, the first: " in output and "broken.jpg" in output
+    assert "unreadable files left out: 1, the first: " in output and "broken.jpg" in output
     rows = {row["file"]: row for row in csv.DictReader((out / "predictions.csv").open())}
     names = [f"deep/{place}.png" for place in range(3)]
     assert set(rows) == {*names, "alpha.png", "grey.png", "turned.png"}
@@ -1322,4 +1322,4 @@ def test_nothing_to_predict_is_said_in_one_line(run, tmp_path):
         check=False,
     )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "none of 1 files could be read" in done.stderr
+    assert "no picture could be read" in done.stderr
