@@ -342,7 +342,7 @@ class Box(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """What an annotation file says of a photograph."""
+    """What an annotation file holds on a photograph."""
 
     name: str
     size: tuple[float, float] | None  # width and height that the boxes refer to
@@ -358,6 +358,8 @@ def load_folder(
     test.txt, a name per line, fixes the test set, else the seed does. Raises DataError that names
     the file at fault.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder")
     found, others = read_annotations(folder)
     if not found:
         reason = f", only others as {others[0]}" if others else ""
@@ -370,9 +372,9 @@ def load_folder(
     names = [name_of(items[place][0], folder) for place in places]
     remarks = [f"data: {folder.resolve().name}", *remarks]
     if others:
-        remarks.append(f"{len(others)} files are no annotations, as {others[0].name}")
+        remarks.append(f"files that are no annotations: {len(others)}, as {others[0].name}")
     if missing:
-        remarks.append(f"{len(missing)} named photographs are not there, as {missing[0]}")
+        remarks.append(f"annotated photographs that are not there: {len(missing)}, as {missing[0]}")
     fixed, unknown = fixed_test_names(folder / "test.txt", names)
     if unknown:
         remarks.append(f"test.txt names {len(unknown)} that are not there, as '{unknown[0]}'")
@@ -414,7 +416,7 @@ def means(line: str, name: str) -> bool:
 
 
 def read_annotations(folder: Path) -> tuple[list[Annotated], list[Path]]:
-    """What all annotation files say, and the xml and json files that are none.
+    """The content of all annotation files, and the xml and json files that are no annotations.
 
     Raises DataError that names the file and what is wrong in it.
     """
@@ -560,7 +562,7 @@ def decode_photos(
     remarks = [left_out(bad).removeprefix("; ")] if bad else []
     for what, where in (("clipped to their photograph", clipped), ("dropped as empty", dropped)):
         if where:
-            remarks.append(f"{len(where)} boxes {what}, the first in {where[0]}")
+            remarks.append(f"boxes {what}: {len(where)}, the first in {where[0]}")
     return places, x, y, ignored, remarks
 
 

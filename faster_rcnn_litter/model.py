@@ -1,9 +1,9 @@
-"""Faster R-CNN of torchvision's parts, for few things in a picture and for machines without a GPU.
+"""Faster R-CNN of torchvision's parts, for few objects in a picture and machines without a GPU.
 
 Ren, He, Girshick & Sun 2015, "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal
 Networks", over a feature pyramid (Lin et al. 2017). Deviations for `small`: group normalisation
 (Wu & He 2018), a pyramid of 64 channels that begins at stride 8, a box head of 128 features, and
-only as many sampled regions as a picture with a handful of things has use for.
+only as many sampled regions as a picture with a handful of objects needs.
 
 torchvision is imported where it is used: it is slow, and --help should not wait for it.
 """
@@ -176,7 +176,7 @@ class Mixed(nn.Module):
     """`inner`, under autocast if `amp`; what it returns is float32.
 
     Not the whole network: torchvision gives boxes the type of the features and of the first
-    stage's output, and bfloat16 has but 8 bits for a coordinate.
+    stage's output, and bfloat16 has only 8 bits for a coordinate.
     """
 
     def __init__(self, inner: nn.Module, amp: bool):

@@ -42,10 +42,18 @@ def plot_curves(history: list[dict], title: str, path: Path) -> None:
     right.set(xlabel="epoch", ylabel="average precision", ylim=(0, 1))
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        mark_epochs(axes)
     figure.suptitle(title, parse_math=False)  # a folder's name may have a $
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def mark_epochs(axes: Axes) -> None:
+    """Whole epochs on the x axis, and a dot for a curve of one epoch, which has no line."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for line in axes.lines:
+        if len(line.get_xdata()) == 1:
+            line.set_marker("o")
 
 
 def plot_precision_recall(
@@ -75,7 +83,7 @@ def plot_f1(curves: dict[str, tuple], metrics: dict, title: str, path: Path) -> 
         axes.plot(*points, color=color, label=name)
     limited, best = metrics["threshold"], metrics["best_f1_threshold"]
     axes.axvline(limited, color="black", linestyle="--", label=f"working confidence {limited:.2f}")
-    axes.axvline(best, color="black", linestyle=":", label=f"best validation F1 {best:.2f}")
+    axes.axvline(best, color="black", linestyle=":", label=f"best F1 of validation, at {best:.2f}")
     axes.set(xlabel="confidence", ylabel="F1 (IoU at least 0.5)", xlim=(0, 1), ylim=(0, 1))
     figure.suptitle(title, parse_math=False)
     figure.legend(loc="outside lower center", ncols=2)

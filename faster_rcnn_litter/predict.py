@@ -28,14 +28,7 @@ HEADER = ("file", "class", "confidence", "x1", "y1", "x2", "y2")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    text = "least confidence of a box (the run's working confidence)"
-    parser.add_argument("--threshold", type=float, help=text)
-    text = "divide photographs into N x N overlapping tiles, for litter that is small in them"
-    parser.add_argument(
-        "--tiles", metavar="N", type=int, choices=range(1, 17), default=1, help=text
-    )
-    given, saved, folder, device = start_predict(parser, argv)
+    given, saved, folder, device = start_predict(flags(), argv)
     model = restore_detector(saved, amp=device.type == "cuda").to(device).eval()
     threshold = saved["threshold"] if given.threshold is None else given.threshold
     photos = find_pictures(given.inputs)
@@ -66,6 +59,17 @@ def main(argv: list[str] | None = None) -> None:
     if not counts:
         raise DataError(f"no photograph could be read, the first: {bad[0]}")
     report(photos, counts, bad, threshold, folder)
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    text = "least confidence of a box (the run's working confidence)"
+    parser.add_argument("--threshold", type=float, help=text)
+    text = "divide photographs into N x N overlapping tiles, for litter that is small in them"
+    parser.add_argument(
+        "--tiles", metavar="N", type=int, choices=range(1, 17), default=1, help=text
+    )
+    return parser
 
 
 def open_table(path: Path, stack: ExitStack) -> object:
@@ -111,10 +115,12 @@ def draw_photo(path: Path, lines: list[tuple], target: Path, longest: int = 1600
     width = picture.size[0]
     picture.thumbnail((longest, longest), Image.Resampling.BILINEAR)
     factor, pen = picture.size[0] / width, ImageDraw.Draw(picture)
+    line, letters = max(2, max(picture.size) // 400), max(12, max(picture.size) // 60)
     for label, score, *box in lines:
         corners = [float(value) * factor for value in box]
-        pen.rectangle(corners, outline=FOUND, width=max(2, max(picture.size) // 400))
-        pen.text((corners[0] + 3, corners[1] + 2), f"{label} {score[:4]}", fill=FOUND)
+        pen.rectangle(corners, outline=FOUND, width=line)
+        place, text = (corners[0] + 2 * line, corners[1] + line), f"{label} {score[:4]}"
+        pen.text(place, text, fill=FOUND, font_size=letters)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
 
@@ -123,10 +129,11 @@ def report(
     photos: dict[str, Path], counts: list[int], bad: list[str], threshold: float, folder: Path
 ) -> None:
     print(
-        f"{len(counts)} of {len(photos)} photographs, {sum(counts)} boxes from {threshold:.3f} on"
+        f"photographs: {len(counts)} of {len(photos)}, "
+        f"boxes with a confidence of at least {threshold:.3f}: {sum(counts)}"
     )
     if bad:
-        print(f"{len(bad)} could not be read, the first: {bad[0]}")
+        print(f"unreadable files left out: {len(bad)}, the first: {bad[0]}")
     print(folder)
 
 

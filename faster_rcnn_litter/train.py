@@ -1,7 +1,7 @@
 """Faster R-CNN finds litter on the forest floor, and leaves puddles, blossoms and berries alone.
 
 With COCO weights a detector of torchvision's is fine-tuned; without them, and without a GPU, a
-small one learns from nothing in minutes.
+small one learns from random weights in minutes.
 
 Run it with `python faster_rcnn_litter/train.py`, or `python faster_rcnn_litter/train.py
 --dataset folder --data_dir MINE`.
@@ -200,7 +200,8 @@ def load_data(config: Config) -> Data:
         draw=draw_split,
         seed=config.seed,
     )
-    print(data.note)
+    sizes = ", ".join(f"{part} {len(getattr(data, part).x)}" for part in ("train", "val", "test"))
+    print(f"{data.note}; {sizes}")
     return data
 
 
@@ -358,8 +359,7 @@ def describe(data: Data, start: Start) -> dict:
         counts = [len(one["boxes"]) for one in getattr(data, name).y]
         numbers[name] = {"pictures": len(counts), "clean": counts.count(0), "boxes": sum(counts)}
         if name != "train" and counts.count(0) < 50:
-            few = f"{name}: {counts.count(0)} clean pictures are few"
-            print(f"{few} to count false positives on")
+            print(f"{name}: few clean pictures to count false positives on: {counts.count(0)}")
     boxes = torch.cat([one["boxes"] for one in data.train.y])
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
     numbers["box_sides"] = sides.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()

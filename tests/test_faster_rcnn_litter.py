@@ -559,8 +559,8 @@ def test_outside_and_degenerate_boxes_are_clipped_or_dropped_and_counted(tmp_pat
     good = image_xml("05.png", box_xml(8, 6, 40, 30))
     path.write_text(path.read_text().replace(good, image_xml("05.png", "".join(spoilt))))
     found = load(folder)
-    assert "1 boxes clipped to their photograph, the first in 05.png" in found.note
-    assert "2 boxes dropped as empty, the first in 05.png" in found.note
+    assert "boxes clipped to their photograph: 1, the first in 05.png" in found.note
+    assert "boxes dropped as empty: 2, the first in 05.png" in found.note
     assert all_of(found)["litter/05.png"]["boxes"].tolist() == [
         pytest.approx([0, 13.33, 39.84, 64], abs=0.1)
     ]
@@ -662,7 +662,7 @@ def test_json_files_of_another_kind_do_not_hinder(tmp_path):
     (folder / "latin.json").write_bytes(b'{"a": "\xe9"}')
     (folder / "lost.json").symlink_to("nothing.json")
     found = load(folder)
-    assert "5 files are no annotations, as broken.json" in found.note
+    assert "files that are no annotations: 5, as broken.json" in found.note
     assert len(all_of(found)) == 28
 
 
@@ -689,7 +689,7 @@ def test_a_crowd_is_ignored_and_grey_in_training(tmp_path):
     (folder / "litter" / "coco.json").write_text(json.dumps(content))
     (folder / "metrics.json").write_text('{"project": "x"}')  # not a COCO set
     found = load(folder, image_size=48)
-    assert "1 files are no annotations, as metrics.json" in found.note
+    assert "files that are no annotations: 1, as metrics.json" in found.note
     place = next(i for i, name in enumerate(found.train.names) if name.startswith("litter/"))
     assert found.train.y[place]["boxes"].tolist() == [[8, 6, 40, 30]]
     assert found.train.ignored[place].tolist() == [[0, 0, 8, 8]]
@@ -755,7 +755,7 @@ def test_unreadable_and_missing_photographs_are_left_out_and_counted(tmp_path):
     (folder / "litter" / "06.png").unlink()
     found = load(folder)
     assert f"1 unreadable files left out, the first: {photo}" in found.note
-    assert "1 named photographs are not there, as 06.png" in found.note
+    assert "annotated photographs that are not there: 1, as 06.png" in found.note
     assert len(all_of(found)) == 26
 
 
@@ -820,7 +820,7 @@ def test_a_run_cut_short_ends_like_an_unbroken_one(tmp_path):
 
 def test_bad_data_is_an_error_and_leaves_no_folder(tmp_path):
     flags = ["--dataset", "folder", "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "out"]
-    with pytest.raises(load_project(PROJECT).data.DataError, match="expected CVAT"):
+    with pytest.raises(load_project(PROJECT).data.DataError, match="there is no such folder"):
         train(PROJECT, *flags)
     assert not list((tmp_path / "out").iterdir())
 
@@ -893,7 +893,7 @@ def test_predictions_are_those_of_the_evaluation_whatever_the_photograph(tmp_pat
     out = Path(output.splitlines()[-1])
     rows = {row["file"]: row for row in read_rows(out / "predictions.csv")}
     assert set(rows) == {"a/one.png", "b/one.png", "alpha $.png", "grey.png", "turned.png"}
-    assert "1 could not be read, the first: " in output and "broken.png" in output
+    assert "unreadable files left out: 1, the first: " in output and "broken.png" in output
     with pytest.raises(modules.data.DataError, match=r"no photograph could be read.*broken.png"):
         call(modules.predict, folder, photos / "broken.png", "--out_dir", tmp_path / "none")
     assert {path.relative_to(out / "pictures").as_posix() for path in out.rglob("*.png")} == {
