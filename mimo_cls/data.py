@@ -505,8 +505,9 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Data:
         x, places, unreadable = decode(paths, (image_size, image_size), folder)
         y = torch.tensor(labels)[places]
         if len(y) < LEAST or len(y.unique()) < len(files):
-            wanted = f"at least {LEAST} readable pictures, of every class one"
-            raise DataError(f"{folder / part}: expected {wanted}{left_out(unreadable)}")
+            wanted = f"at least {LEAST} readable pictures, one of each class"
+            found = f"found {len(y)}{left_out(unreadable)}"
+            raise DataError(f"{folder / part}: expected {wanted}, {found}")
         classes.append(tuple(files))
         parts.append(with_sources(x, y))
         bad += unreadable

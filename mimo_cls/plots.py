@@ -8,6 +8,7 @@ matplotlib.rcdefaults()  # not the user's own, which may ask for LaTeX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from torch import Tensor
 
 plt.rcParams.update({"figure.titlesize": 11, "axes.titlesize": 10, "legend.fontsize": 9})
@@ -44,11 +45,21 @@ def plot_curves(rows: dict[str, list[dict]], title: str, path: Path) -> None:
     right.plot(epochs, [100 * row["val_disagreement"] for row in mimo], color=METHOD, linewidth=2.2)
     right.set(ylabel="two members predict different\nclasses (% of images)", xlabel="epoch")
     right.set_ylim(bottom=0)
+    for axes in (left, middle, right):
+        mark_epochs(axes)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def mark_epochs(axes: Axes) -> None:
+    """Whole epochs on the x axis, and a dot for a curve of one epoch, which has no line."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for line in axes.lines:
+        if len(line.get_xdata()) == 1:
+            line.set_marker("o")
 
 
 def plot_corruption(
@@ -87,7 +98,7 @@ def plot_corruption(
         for arm in ("mimo", "twin")
         if arm in arms
     )
-    figure.suptitle(f"{title}. Mean NLL of corrupted images: {result}")
+    figure.suptitle(f"{title}. Mean NLL of corrupted images: {result}", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -110,7 +121,7 @@ def plot_calibration(
         hit = (predicted == y.numpy()).ravel()
         number = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1).ravel()
         images = np.bincount(number, minlength=BINS)
-        full = images >= 10  # fewer say nothing
+        full = images >= 10  # of fewer, the mean is noise
         mean = [
             np.bincount(number, part.ravel().astype(float), BINS)[full] / images[full]
             for part in (confidence, hit)
@@ -121,7 +132,7 @@ def plot_calibration(
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1.01))
     top.legend(loc="upper left")
-    figure.suptitle(f"{title}: {len(y):,} test images, all runs pooled")
+    figure.suptitle(f"{title}: {len(y):,} test images, all runs pooled", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -145,7 +156,7 @@ def plot_independence(variances: Tensor, title: str, path: Path) -> None:
     axes.set(xlabel="feature before the last layer, sorted", xlim=(-0.5, len(shares) - 0.5))
     axes.set(ylabel="share of its variance (%)", ylim=(0, 100))
     axes.legend(title="when only this changes:", loc="upper left", framealpha=0.9)
-    figure.suptitle(f"{title}: which member's image moves a feature")
+    figure.suptitle(f"{title}: which member's image moves a feature", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -180,7 +191,7 @@ def plot_disagreement(
         bottom.set_ylabel("probability" if number % columns == 0 else "", fontsize=9)
         bottom.tick_params("y", labelleft=number % columns == 0, labelsize=8)
     figure.legend(loc="outside lower center", ncols=8)
-    figure.suptitle(f"{title}: test images on which members disagree most")
+    figure.suptitle(f"{title}: test images on which members disagree most", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -227,7 +238,7 @@ def plot_room(study: list[dict], title: str, path: Path) -> None:
         axes.minorticks_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    figure.suptitle(f"{title}: where MIMO crosses its twin (the gray line)")
+    figure.suptitle(f"{title}: where MIMO crosses its twin (the gray line)", parse_math=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

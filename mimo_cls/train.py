@@ -151,15 +151,15 @@ def main() -> None:
     runs = [plans(config, number) for number in range(config.runs if config.compare else 1)]
     needed = dict.fromkeys(plan for arms in runs for arm in arms.values() for plan in arm)
     networks = {plan: fit(plan, data, config, run) for plan in needed}
-    said = predict_arms(runs, networks, images_by_part(data))
-    metrics |= summarise(said, data, config)
+    predicted = predict_arms(runs, networks, images_by_part(data))
+    metrics |= summarise(predicted, data, config)
     mimo = networks[runs[0]["mimo"][0]]
     variances = variance_shares(mimo, to_input(data.test.x[:VARIED]), CONTEXTS)
     metrics["independence"] = independence(variances)
     if config.study:
         metrics["study"] = study(data, config, run)
     metrics["timing"] = timing(networks, data, config, run)
-    plot_results(metrics, said, variances, data, config, run)
+    plot_results(metrics, predicted, variances, data, config, run)
     save_model(mimo, data, config, run)
     finish_run(
         run,
@@ -180,7 +180,8 @@ def load_data(config: Config) -> Data:
         test_images=config.test_images,
         seed=config.seed,
     )
-    print(data.note)
+    sizes = ", ".join(f"{part} {len(getattr(data, part).x)}" for part in ("train", "val", "test"))
+    print(f"{data.note}; {sizes}")
     return data
 
 
@@ -355,7 +356,7 @@ def predict_arms(
     }
 
 
-def evaluate_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[float]]:
+def evaluate_arm(predicted: dict[str, Tensor], data: Data) -> dict[str, float | list[float]]:
     """The numbers of one arm in one run, from its members' log p_m (N, M, C) by part.
 
     corrupted_ is the mean over all kinds and severities, _tempered with one temperature fitted on
@@ -363,7 +364,7 @@ def evaluate_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[
     members' mutual information where there are members.
     """
     y = data.test.y.cpu()
-    answers = {part: ensemble_log_probs(log_probs) for part, log_probs in said.items()}
+    answers = {part: ensemble_log_probs(log_probs) for part, log_probs in predicted.items()}
     numbers = {"temperature": best_temperature(answers["val"], data.val.y.cpu())}
     for suffix, temperature in (("", 1.0), ("_tempered", numbers["temperature"])):
         found = {
@@ -377,29 +378,31 @@ def evaluate_arm(said: dict[str, Tensor], data: Data) -> dict[str, float | list[
                 numbers[f"by_severity_{name}"] = values
     for strange in data.strange:
         pairs = {"entropy": [entropy(answers[part]) for part in ("test", strange)]}
-        if said["test"].shape[1] > 1:
+        if predicted["test"].shape[1] > 1:
             pairs["mutual_information"] = [
-                mutual_information(said[part].transpose(0, 1)) for part in ("test", strange)
+                mutual_information(predicted[part].transpose(0, 1)) for part in ("test", strange)
             ]
         numbers |= {f"auroc_{kind}_{strange}": auroc(*pair) for kind, pair in pairs.items()}
     return numbers
 
 
-def summarise(said: dict[str, list[dict[str, Tensor]]], data: Data, config: Config) -> dict:
+def summarise(predicted: dict[str, list[dict[str, Tensor]]], data: Data, config: Config) -> dict:
     """metrics.json's numbers by arm, each a mean and standard deviation over the runs."""
     members = [
-        [{part: x[:, m : m + 1] for part, x in one.items()} for one in said["mimo"]]
+        [{part: x[:, m : m + 1] for part, x in one.items()} for one in predicted["mimo"]]
         for m in range(config.members)
     ]
-    evaluated = {name: [evaluate_arm(one, data) for one in runs] for name, runs in said.items()}
+    evaluated = {
+        name: [evaluate_arm(one, data) for one in runs] for name, runs in predicted.items()
+    }
     one_member = [evaluate_arm(one, data) for runs in members for one in runs]
     metrics = {"arms": {name: over_runs(numbers) for name, numbers in evaluated.items()}}
     metrics["arms"]["member"] = over_runs(one_member)
-    differing = [diversity(one["test"]) for one in said["mimo"]]
+    differing = [diversity(one["test"]) for one in predicted["mimo"]]
     metrics["diversity"] = {name: mean(one[name] for one in differing) for name in differing[0]}
     if config.compare:
         metrics["mimo_minus_twin"] = paired(evaluated["mimo"], evaluated["twin"])
-        metrics["mimo_minus_twin"] |= clean_errors(said, data)
+        metrics["mimo_minus_twin"] |= clean_errors(predicted, data)
     return metrics
 
 
@@ -424,15 +427,16 @@ def paired(mimo: list[dict], twin: list[dict]) -> dict[str, dict[str, float]]:
     }
 
 
-def clean_errors(said: dict[str, list[dict[str, Tensor]]], data: Data) -> dict[str, float]:
+def clean_errors(predicted: dict[str, list[dict[str, Tensor]]], data: Data) -> dict[str, float]:
     """Standard errors, over the sources of the test images, of the mean differences of all runs."""
     y, source, differences = data.test.y.cpu(), data.test.source.cpu(), {"accuracy": 0, "nll": 0}
-    for one, other in zip(said["mimo"], said["twin"], strict=True):
+    count = len(predicted["mimo"])
+    for one, other in zip(predicted["mimo"], predicted["twin"], strict=True):
         a, b = (ensemble_log_probs(part["test"]) for part in (one, other))
         hits = [(part.argmax(1) == y).double() for part in (a, b)]
-        differences["accuracy"] = differences["accuracy"] + (hits[0] - hits[1]) / len(said["mimo"])
+        differences["accuracy"] = differences["accuracy"] + (hits[0] - hits[1]) / count
         right = (b - a).gather(1, y[:, None])[:, 0]
-        differences["nll"] = differences["nll"] + right / len(said["mimo"])
+        differences["nll"] = differences["nll"] + right / count
     return {
         f"{name}_error_over_images": error_over_sources(value, source)
         for name, value in differences.items()
@@ -460,13 +464,13 @@ def evaluate_runs(
     """Numbers of evaluate_arm for each run of a plan, and how often two members disagree."""
     found = []
     for number in range(config.runs):
-        said = predict_all(fit(plan._replace(number=number), data, config, run), parts)
-        disagreement = diversity(said["test"])["disagreement"]
+        predicted = predict_all(fit(plan._replace(number=number), data, config, run), parts)
+        disagreement = diversity(predicted["test"])["disagreement"]
         alone = [
-            float(scores(one, data.test.y.cpu())["accuracy"]) for one in said["test"].unbind(1)
+            float(scores(one, data.test.y.cpu())["accuracy"]) for one in predicted["test"].unbind(1)
         ]
         about = {"disagreement": disagreement, "worst_member_accuracy": min(alone)}
-        found.append(evaluate_arm(said, data) | about)
+        found.append(evaluate_arm(predicted, data) | about)
     return found
 
 
@@ -544,7 +548,7 @@ def headline(metrics: dict) -> dict[str, float]:
 
 def plot_results(
     metrics: dict,
-    said: dict[str, list[dict[str, Tensor]]],
+    predicted: dict[str, list[dict[str, Tensor]]],
     variances: Tensor,
     data: Data,
     config: Config,
@@ -560,10 +564,11 @@ def plot_results(
     try_plot(plot_curves, rows, title, run / "curves.png")
     try_plot(plot_corruption, metrics["arms"], SEVERITIES, title, run / "corruption.png")
     answers = {
-        name: torch.stack([ensemble_log_probs(one["test"]) for one in said[name]]) for name in rows
+        name: torch.stack([ensemble_log_probs(one["test"]) for one in predicted[name]])
+        for name in rows
     }
     ece = {name: metrics["arms"][name]["ece"]["mean"] for name in rows}
-    y, log_probs = data.test.y.cpu(), said["mimo"][0]["test"]
+    y, log_probs = data.test.y.cpu(), predicted["mimo"][0]["test"]
     try_plot(plot_calibration, answers, y, ece, title, run / "reliability.png")
     try_plot(plot_independence, variances, title, run / "independence.png")
     uncertainty = mutual_information(log_probs.transpose(0, 1))

@@ -701,6 +701,17 @@ def test_each_number_of_the_headline_is_the_one_of_its_arm():
     assert len(metrics["arms"]["twin"]["by_severity_nll"]["mean"]) == len(TRAIN.CORRUPTED)
 
 
+def test_a_curve_of_one_epoch_is_a_dot_and_epochs_are_whole():
+    plt = PROJECT.plots.plt
+    figure, axes = plt.subplots()
+    axes.plot([1], [0.5])
+    axes.plot([1, 2, 3], [0.5, 0.4, 0.3])
+    PROJECT.plots.mark_epochs(axes)
+    assert [line.get_marker() for line in axes.lines] == ["o", "None"]
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    plt.close(figure)
+
+
 def test_plots_are_given_the_arms_and_the_run_that_they_name(monkeypatch, tmp_path):
     """Members disagree most about image 3 in run 0, about image 5 in run 1."""
     config, known, given = tiny_config(), known_data(), {}
