@@ -165,8 +165,8 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def left_out(bad: list[str]) -> str:
-    """What a run's first lines say of files that could not be read."""
-    return f"; {len(bad)} unreadable files left out, the first: {bad[0]}" if bad else ""
+    """For a run's first lines: how many files could not be read, and the first of them."""
+    return f"; unreadable files left out: {len(bad)}, the first: {bad[0]}" if bad else ""
 
 
 def find_pictures(inputs: list[str]) -> dict[str, Path]:

@@ -233,6 +233,8 @@ def read_texts(path: Path, kinds: dict[str, Any]) -> dict[str, str]:
         root, texts = yaml.compose(path.read_text(encoding="utf-8-sig")), {}
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML in UTF-8: {shorten(str(error))}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: expected lines of the form 'key: value'")
     for key, node in root.value:
@@ -672,7 +674,7 @@ def read_torch(path: Path) -> Any:
         raise
     except Exception as error:  # zipfile, pickle and torch each have their own
         reason = shorten(str(error).split("\n")[0].split(". In PyTorch")[0])
-        raise RunError(f"{path} is damaged; begin a new run ({reason})") from None
+        raise RunError(f"{path} is damaged, or of no run; begin a new one ({reason})") from None
 
 
 def save_checkpoint(run: Path, stage: str, parts: dict[str, Any], history: list[dict]) -> None:

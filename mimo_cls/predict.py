@@ -86,7 +86,7 @@ def report_extremes(extremes: dict[str, list], count: int, bad: list[str], folde
     print("  ".join(COLUMNS))
     for row, _ in extremes["least certain"]:
         print("  ".join(map(str, row)))
-    print(f"{count} pictures, of which the least certain are shown; {len(bad)} unreadable")
+    print(f"pictures: {count}, the least certain above; unreadable: {len(bad)}")
     for line in bad[:5]:
         print(f"unreadable: {line}")
     print(folder)

@@ -557,7 +557,7 @@ def test_what_is_no_picture_of_a_class_does_no_harm(tmp_path):
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "net.pt2").write_bytes(b"?")
     found = load_folder(folder)
-    assert re.search(r"2 unreadable files left out, the first: .*103\.png", found.note)
+    assert re.search(r"unreadable files left out: 2, the first: .*103\.png", found.note)
     assert found.numbers["pictures"] == 47 and found.numbers["unreadable"] == 2
     labels = torch.cat([part.y for part in (found.train, found.val, found.test)])
     assert labels.bincount().tolist() == [23, 24]

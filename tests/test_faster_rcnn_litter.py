@@ -754,7 +754,7 @@ def test_unreadable_and_missing_photographs_are_left_out_and_counted(tmp_path):
     photo.write_bytes(photo.read_bytes()[:200])
     (folder / "litter" / "06.png").unlink()
     found = load(folder)
-    assert f"1 unreadable files left out, the first: {photo}" in found.note
+    assert f"unreadable files left out: 1, the first: {photo}" in found.note
     assert "annotated photographs that are not there: 1, as 06.png" in found.note
     assert len(all_of(found)) == 26
 

@@ -444,7 +444,7 @@ def test_a_folder_of_your_own(tmp_path):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
     data = DATA.load(dataset="folder", data_dir=folder, image_size=10, seed=0)
-    assert "1 unreadable files left out, the first: " in data.note
+    assert "unreadable files left out: 1, the first: " in data.note
     assert [len(part.x) for part in (data.train, data.val, data.test)] == [22, 2, 12]
     assert data.classes == ("dark", "light")
     for x, y in (data.train, data.val, data.test):
@@ -1078,7 +1078,7 @@ def test_predict_agrees_with_evaluation(tmp_path):
     with (results / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [f"{n:02}.png" for n in range(12)]
-    assert "1 unreadable" in output and "a broken one.png" in output
+    assert "unreadable: 1" in output and "a broken one.png" in output
     config = tiny_config("--passes", "4")  # as many as predict.py makes
     answer = TRAIN.answer(network_of(folder, 0), digits.test.x[:12], None, config, 0)
     probs = answer.log_probs["mc"].exp()

@@ -465,7 +465,7 @@ def test_a_folder_of_ones_own(tmp_path):
     (folder / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
     (folder / "test" / ".hidden").mkdir()
     found = data.load(dataset="folder", data_dir=folder, **LOAD)
-    assert "1 unreadable files left out, the first: " in found.note
+    assert "unreadable files left out: 1, the first: " in found.note
     assert [len(part.y) for part in (found.train, found.val, found.test)] == [36, 4, 12]
     assert len(found.strange) == 2 and found.mirror
     for x, y, _ in (found.train, found.val, found.test):
@@ -1000,7 +1000,7 @@ def test_predict_says_what_evaluation_says(tmp_path):
     with (results / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [f"{n:02}.png" for n in range(20)]
-    assert "1 unreadable" in output and "a broken one.png" in output
+    assert "unreadable: 1" in output and "a broken one.png" in output
     log_probs = TRAIN.predict(network_of(folder, "w1-M2-rho0-run0", 1, 2), known.test.x)
     mean = ensemble_log_probs(log_probs)
     assert [row["class"] for row in rows] == [str(int(c)) for c in mean.argmax(1)]

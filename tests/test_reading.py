@@ -363,7 +363,7 @@ def test_decoded_pictures_are_kept_by_all_that_decides_them(tmp_path, monkeypatc
     x, places, bad = reader.decode(files, (4, 4), tmp_path)
     assert x[:, 0, 0, 0].tolist() == [0, 100, 200] and places.tolist() == [0, 1, 2]
     assert len(bad) == 1 and "broken.png" in bad[0]
-    assert "1 unreadable files left out" in reader.left_out(bad) and not reader.left_out([])
+    assert "unreadable files left out: 1" in reader.left_out(bad) and not reader.left_out([])
 
     with monkeypatch.context() as patch:
         patch.setattr(reader, "open_picture", None)

@@ -190,7 +190,7 @@ def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, capsys, line, expe
         (["--epohcs=5"], "unknown flag '--epohcs', did you mean '--epochs'?"),
         (["5"], "unknown flag '5'"),
         (["--epochs"], "argument --epochs: expected one argument"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
         (["--resume", "nowhere", "--lr", "1"], "only --device may differ"),
         (["--resume", "nowhere", "--config", "mine.yaml"], "only --device may differ"),
         (["--resume", "nowhere"], "nowhere holds no history.pt"),
@@ -297,7 +297,8 @@ def test_a_finished_run_is_not_resumed_even_without_its_metrics(capsys):
 def test_a_damaged_checkpoint_is_named(capsys):
     _, run = begin()
     (run / "history.pt").write_bytes(b"")
-    assert "history.pt is damaged; begin a new run" in complaint(capsys, "--resume", run)
+    told = complaint(capsys, "--resume", run)
+    assert "history.pt is damaged, or of no run; begin a new one" in told
     torch.save([1, 2], run / "history.pt")
     assert "is not a run of project" in complaint(capsys, "--resume", run)
 

@@ -417,7 +417,7 @@ def test_a_folder_is_read_with_its_unlabelled_pictures(tmp_path):
     assert source.classes == ("above", "below")
     assert source.train.y.tolist() == [0] * 14 + [1] * 14 + [UNKNOWN] * 5
     assert len(source.test.y) == 7
-    assert "1 unreadable files left out, the first:" in source.note and "3.png" in source.note
+    assert "unreadable files left out: 1, the first:" in source.note and "3.png" in source.note
     assert source.files[14] == "train/below/0.png" and source.files[-1] == "unlabelled/4.png"
     pixels = np.array(Image.open(tmp_path / source.files[14])).transpose(2, 0, 1)
     assert torch.equal(source.train.x[14], torch.from_numpy(pixels))
@@ -1061,7 +1061,7 @@ def test_predictions_are_those_of_training_whatever_the_file(own_run, tmp_path):
         PROJECT.predict, own_run, data / "unlabelled", odd, "--out_dir", tmp_path, "--batch_size", 4
     )
     folder = Path(output.splitlines()[-1])
-    assert "1 unreadable files left out" in output and "12 pictures" in output
+    assert "unreadable files left out: 1" in output and "12 pictures" in output
     rows = {Path(r["file"]).name: r for r in csv.DictReader((folder / "predictions.csv").open())}
     told = {Path(r["file"]).name: r for r in csv.DictReader((own_run / "pseudo_labels.csv").open())}
     for name, row in told.items():

@@ -398,7 +398,7 @@ def test_a_truncated_image_is_left_out_and_counted(tmp_path):
     whole = (folder / "images" / "05.png").read_bytes()
     (folder / "images" / "05.png").write_bytes(whole[: len(whole) // 2])
     task = load_folder(folder)
-    assert f"1 unreadable files left out, the first: {folder}/images/05.png" in task.note
+    assert f"unreadable files left out: 1, the first: {folder}/images/05.png" in task.note
     assert sum(len(part.x) for part in task.segmentation) == 19
 
 
@@ -476,7 +476,7 @@ def test_masks_and_images_that_are_alone_are_counted(tmp_path):
     (folder / "images" / "04.png").symlink_to("nothing.png")
     note = load_folder(folder).note
     assert "1 masks without an image, the first: " in note and "03_mask.png" in note
-    assert "1 unreadable files left out" in note
+    assert "unreadable files left out: 1" in note
 
 
 def test_few_masks_among_many_images_are_in_every_split(tmp_path):
