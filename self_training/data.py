@@ -472,25 +472,40 @@ def split(
         chosen = known[: round(TEST_SHARE * len(known))]
         test = Images(images.x[chosen], images.y[chosen])
         order = order[~torch.isin(order, chosen)]
-    val_first = labels_per_class == 0
-    wanted = [("val", val_per_class), ("labelled", labels_per_class or len(order))]
+    labelled, val, taken = sample_labelled(source, order, labels_per_class, val_per_class)
+    pool = order[~taken[order]][: pool_size or None]
+    if not len(pool):
+        ways = "lower labels_per_class" if labels_per_class else "set labels_per_class"
+        reason = f"no picture is left for the pool; {ways}, or add pictures to {UNLABELLED}/"
+        raise DataError(f"{source.name}: {reason}")
+    return Splits(labelled, val, images.x[pool], images.y[pool], test, pool)
+
+
+def sample_labelled(
+    source: Source, order: Tensor, labels_per_class: int, val_per_class: int
+) -> tuple[Images, Images, Tensor]:
+    """Labelled and validation pictures, the first of each class in `order`; which are taken (N,).
+
+    Raises DataError if a class is too small.
+    """
+    images, everything = source.train, len(order)
+    wanted = {"labelled": labels_per_class or everything, "val": val_per_class}
     taken, parts = torch.zeros(len(images.x), dtype=torch.bool), {}
-    for name, count in wanted if val_first else reversed(wanted):
-        free = order[~taken[order]]
+    for name in wanted if labels_per_class else reversed(wanted):
+        count, free = wanted[name], order[~taken[order]]
         chosen = [free[images.y[free] == n][:count] for n in range(len(source.classes))]
         fewest = min(range(len(chosen)), key=lambda n: len(chosen[n]))
-        if len(chosen[fewest]) < (1 if count == len(order) else count):
+        if len(chosen[fewest]) < (1 if count == everything else count):
+            found = int((images.y[order] == fewest).sum())
             raise DataError(
-                f"{source.name}: class '{source.classes[fewest]}' has too few pictures for "
+                f"{source.name}: class '{source.classes[fewest]}' has too few pictures, {found} "
+                "without those for testing, for "
                 f"labels_per_class {labels_per_class} and val_per_class {val_per_class}"
             )
         places = torch.cat(chosen)
         taken[places] = True
         parts[name] = Images(images.x[places], images.y[places])
-    pool = order[~taken[order]][: pool_size or None]
-    if not len(pool):
-        raise DataError(f"{source.name}: no picture is left for the pool; lower labels_per_class")
-    return Splits(parts["labelled"], parts["val"], images.x[pool], images.y[pool], test, pool)
+    return parts["labelled"], parts["val"], taken
 
 
 def fingerprints(x: Tensor) -> Tensor:

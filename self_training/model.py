@@ -78,7 +78,7 @@ def calibrated_probs(logits: Tensor, temperature: float) -> Tensor:
 
 
 class Labels(NamedTuple):
-    """What a network says of each picture of the pool (N,)."""
+    """What a network predicts for each picture of the pool (N,)."""
 
     predicted: Tensor  # its most probable class; NONE where it did not look
     label: Tensor  # the pseudo-label, which the next round learns; NONE where it is not sure

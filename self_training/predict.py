@@ -71,14 +71,14 @@ def surest_and_least(items: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, Ten
 
 
 def show_results(saved: dict, folder: Path, counts: Counter, shown: list, bad: list[str]) -> None:
-    if shown:
-        try_plot(plot_predictions, shown, folder / "predictions.png")
+    """The picture, how many of each class, what could not be read, the folder."""
+    if not counts:
+        raise DataError(f"no picture could be read, the first: {bad[0]}")
+    try_plot(plot_predictions, shown, folder / "predictions.png")
     for name, count in counts.most_common(20):
         print(f"{name:>32}  {count}")
     how = "calibrated on validation" if saved["calibrated"] else "not calibrated: no validation"
-    print(f"{sum(counts.values())} pictures; probabilities {how}{left_out(bad)}")
-    if not counts:
-        raise DataError(f"no picture could be read, the first: {bad[0]}")
+    print(f"pictures: {sum(counts.values())}; probabilities {how}{left_out(bad)}")
     print(folder)
 
 

@@ -447,7 +447,7 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     parts |= {"pool": splits.pool, "test": splits.test.x}
     report = {"sizes": {name: len(part) for name, part in parts.items()}, "arms": {}}
     for name, (rows, kept) in outcomes.items():
-        rounds = [judge_round(trial, name, row) for row in rows]
+        rounds = [evaluate_round(trial, name, row) for row in rows]
         report["arms"][name] = {"rounds": rounds, "kept": kept}
     if config.compare:
         report["sklearn"] = evaluate_sklearn(trial, "supervised", splits.labelled)
@@ -457,7 +457,7 @@ def evaluate_arms(trial: Trial, outcomes: dict[str, Outcome]) -> dict:
     return report
 
 
-def judge_round(trial: Trial, name: str, row: dict) -> dict:
+def evaluate_round(trial: Trial, name: str, row: dict) -> dict:
     splits, number = trial.splits, row["epoch"]
     labels = read_round(trial, name, number).label
     left_out = ("stage", "epoch", "train_loss")
@@ -574,8 +574,8 @@ def surest(trial: Trial, name: str, number: int, *, only_wrong: bool) -> dict:
 
 
 def write_labels(source: Source, trial: Trial, outcome: Outcome) -> None:
-    """pseudo_labels.csv: what the kept network of the first repeat says of the whole pool, and
-    since which round.
+    """pseudo_labels.csv: what the kept network of the first repeat predicts for the whole
+    pool, and since which round.
     """
     name, kept = trial.config.method, outcome.kept[trial.config.stop]
     logits = predict(read_model(trial, name, kept), trial.splits.pool)

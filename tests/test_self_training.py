@@ -1061,7 +1061,7 @@ def test_predictions_are_those_of_training_whatever_the_file(own_run, tmp_path):
         PROJECT.predict, own_run, data / "unlabelled", odd, "--out_dir", tmp_path, "--batch_size", 4
     )
     folder = Path(output.splitlines()[-1])
-    assert "unreadable files left out: 1" in output and "12 pictures" in output
+    assert "unreadable files left out: 1" in output and "pictures: 12" in output
     rows = {Path(r["file"]).name: r for r in csv.DictReader((folder / "predictions.csv").open())}
     told = {Path(r["file"]).name: r for r in csv.DictReader((own_run / "pseudo_labels.csv").open())}
     for name, row in told.items():
