@@ -16,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,35 +131,42 @@ def load_blobs(sizes: tuple[int, ...], seed: int) -> Table:
 def read_csv(path: Path, label_column: str, feature_columns: tuple[str, ...]) -> Table:
     """A table with a header. Raises DataError that names file and line."""
     header, label_column = read_header(path), nfc(label_column)
+    if len(list(islice(read_lines_of_csv(path), 2))) < 2:
+        raise DataError(f"{path}: expected a header and rows below it")
     if label_column not in header:
         raise DataError(f"{path}: there is no column '{label_column}'; there are {show(header)}")
-    if tuple(feature_columns) == ("all",):
-        others = [name for name in header if name != label_column]
-        reasons = why_not_numbers(path, others)
-        feature_columns = [name for name in others if name not in reasons]
-        if not feature_columns:
-            first = "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())[:200]
-            raise DataError(f"{path}: no column but '{label_column}' holds numbers{first}")
-    else:
-        feature_columns, reasons = [nfc(name) for name in feature_columns], {}
-        if label_column in feature_columns:
-            raise DataError(f"{path}: '{label_column}' cannot be both feature and class")
+    feature_columns, reasons = choose_features(path, header, label_column, feature_columns)
     values, labels = array("d"), []
     for numbers, row in read_numbers(path, feature_columns, also=label_column):
         values.extend(numbers)
         labels.append(row.strip())
-    if not labels:
-        raise DataError(f"{path}: expected a header and rows below it")
     classes = tuple(sorted({label for label in labels if label}))
     if len(classes) < 2:
-        found = f"'{label_column}' holds {len(classes)} classes, expected 2 or more"
-        raise DataError(f"{path}: {found}")
+        wanted = f"expected at least 2 classes in '{label_column}'"
+        raise DataError(f"{path}: {wanted}, found {len(classes)}")
     codes = {label: number for number, label in enumerate(classes)} | {"": -1}
     x = torch.from_numpy(np.frombuffer(values).reshape(len(labels), -1).copy())
     y = torch.tensor([codes[label] for label in labels])
     note = f"data: {path.name}, class {label_column}, features {show(feature_columns)}"
     note += "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())
     return Table(path.stem, x, y, classes, tuple(feature_columns), torch.arange(len(x)), 0, note)
+
+
+def choose_features(
+    path: Path, header: list[str], label_column: str, wanted: tuple[str, ...]
+) -> tuple[list[str], dict[str, str]]:
+    """The columns to cluster by, and why others are left out. Raises DataError without any."""
+    if tuple(wanted) != ("all",):
+        if label_column in (names := [nfc(name) for name in wanted]):
+            raise DataError(f"{path}: '{label_column}' cannot be both feature and class")
+        return names, {}
+    others = [name for name in header if name != label_column]
+    reasons = why_not_numbers(path, others)
+    names = [name for name in others if name not in reasons]
+    if not names:
+        first = "".join(f"; {name or 'nameless'}: {why}" for name, why in reasons.items())[:200]
+        raise DataError(f"{path}: no column but '{label_column}' holds numbers{first}")
+    return names, reasons
 
 
 def find_tables(inputs: list[str]) -> list[Path]:
@@ -201,7 +209,8 @@ def read_lines_of_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a text in UTF-8 ({error})") from None
     except (OSError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}") from None
 
 
 def read_header(path: Path) -> list[str]:
@@ -284,7 +293,7 @@ def drop_incomplete(table: Table) -> Table:
 
 def noted(table: Table, done: str) -> Table:
     lacking = int(table.x.isnan().any(1).sum())
-    text = f"; {lacking} rows lack a feature: {done}" if lacking else ""
+    text = f"; rows that lack a feature: {lacking}, {done}" if lacking else ""
     return table._replace(note=table.note + text)
 
 
@@ -302,7 +311,10 @@ def split(table: Table, *, test_share: float, label_count: int, scale: bool, see
     known, unknown = order[table.y[order] >= 0], order[table.y[order] < 0]
     test_count = max(1, round(test_share * len(known)))
     test, pool = known[:test_count], known[test_count:]
-    if label_count >= len(pool) or not len(pool):
+    if not len(pool):
+        rows = f"found {len(known)}, with every feature"
+        raise DataError(f"{table.name}: expected at least 2 rows with a class, {rows}")
+    if label_count >= len(pool):
         raise DataError(
             f"label_counts: {table.name} has {len(pool)} training rows with a class, of which "
             f"{label_count} cannot be labelled: some have to be left to evaluate on; give smaller "

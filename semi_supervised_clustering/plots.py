@@ -111,8 +111,8 @@ def add_legend(figure, classes: tuple[str, ...], colors: list[str]) -> None:
     names = [name.replace("$", r"\$") for name in names]
     handles = [dot(name, color=color) for name, color in zip(names, colors, strict=True)][:10]
     handles += [
-        dot("labelled", color="white", markeredgecolor="black", markersize=8),
-        dot("wrong (ring: true class)", color="none", markeredgecolor="black", markersize=7),
+        dot("labelled", color="lightgray", markeredgecolor="black", markersize=8),
+        dot("wrong (ring: true class)", color="none", markeredgecolor="tab:gray", markersize=7),
     ]
     figure.legend(handles=handles, ncols=min(6, len(handles)), loc="outside lower center")
 

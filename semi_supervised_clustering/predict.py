@@ -90,14 +90,16 @@ def answers(model: ClusterThenLabel, x: torch.Tensor) -> Iterator[tuple]:
 
 
 def report(classes: Counter, incomplete: int, bad: list[str]) -> None:
-    for name, count in classes.most_common(20):
-        print(f"{name:>32}  {count} rows")
-    if incomplete:
-        print(f"{incomplete} rows lack a feature: no answer")
-    for error in bad:
-        print(f"not read: {error}")
+    """Raises DataError if no row has an answer."""
     if not classes:
         raise DataError(f"none of the tables could be used: {bad[0] if bad else 'no whole row'}")
+    print("rows by class:")
+    for name, count in classes.most_common(20):
+        print(f"{name:>32}  {count}")
+    if incomplete:
+        print(f"rows that lack a feature, without an answer: {incomplete}")
+    for error in bad:
+        print(f"not read: {error}")
 
 
 if __name__ == "__main__":

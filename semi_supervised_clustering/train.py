@@ -149,8 +149,9 @@ def load_table(config: Config) -> Table:
     )
     for count in (config.label_count, *(config.label_counts if config.compare else ())):
         rows = len(sample_split(table, config, count, 0).x)
-        if (config.clusters or len(table.classes)) > rows:
-            raise DataError(f"clusters: {table.name} has only {rows} rows to train on")
+        if (clusters := config.clusters or len(table.classes)) > rows:
+            most = f"at most {rows}, the training rows of {table.name}"
+            raise DataError(f"clusters: expected {most}, found {clusters}")
     print(table.note)
     return table
 
@@ -314,7 +315,7 @@ def try_methods(
             scores[f"ours_euclidean{clusters}"] = fit(n_clusters=clusters, metric="euclidean")
     clusters, alpha = choose(part, config, table, number, counts)
     scores["chosen"] = fit(n_clusters=clusters, alpha=alpha)
-    scores |= others(part)
+    scores |= score_baselines(part)
     row = {f"{name}_{key}": value for name, each in scores.items() for key, value in each.items()}
     return row | {"chosen_clusters": clusters, "chosen_alpha": alpha}
 
@@ -354,8 +355,24 @@ def choose(
     return max(hits, key=hits.get)
 
 
-def others(part: Split) -> dict[str, dict]:
-    """Methods that do not cluster first; ARI and NMI are of the predicted classes.
+def score_baselines(part: Split) -> dict[str, dict]:
+    """Methods that do not cluster first; ARI and NMI are of the predicted classes."""
+    x, x_test = part.x.cpu().double().numpy(), part.x_test.cpu().double().numpy()
+    scores = {}
+    with warnings.catch_warnings():  # constant features, a disconnected graph, few labels
+        warnings.simplefilter("ignore")
+        models, classes = fit_baselines(x, part.given.numpy())
+        for name, model in models.items():
+            answers = [model.predict(each) for each in (x, x_test)]
+            if name == "mixture":
+                answers = [classes[each] for each in answers]
+            predicted, on_test = map(torch.from_numpy, answers)
+            scores[name] = score(part, predicted, on_test, predicted)
+    return scores
+
+
+def fit_baselines(x: np.ndarray, given: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Classifiers fitted to x (N, D) and classes (N,), -1 where hidden, and the classes seen.
 
     Label spreading and the Gaussian mixture (one tied covariance, a component per class, started at
     the labelled means) see all points, logistic regression and the nearest mean the labelled ones.
@@ -365,31 +382,20 @@ def others(part: Split) -> dict[str, dict]:
     from sklearn.neighbors import NearestCentroid
     from sklearn.semi_supervised import LabelSpreading
 
-    x, x_test = part.x.cpu().double().numpy(), part.x_test.cpu().double().numpy()
-    given, labelled = part.given.numpy(), (part.given >= 0).numpy()
+    labelled = given >= 0
     classes = np.unique(given[labelled])
     means = np.stack([x[given == label].mean(0) for label in classes])
     options = {"covariance_type": "tied", "means_init": means, "reg_covar": 1e-3}
+    mixture = GaussianMixture(len(classes), random_state=0, **options)
+    spreading = LabelSpreading("knn", n_neighbors=min(7, len(x) - 1))
+    few = x[labelled], given[labelled]
     models = {
-        "mixture": GaussianMixture(len(classes), random_state=0, **options),
-        "spreading": LabelSpreading("knn", n_neighbors=min(7, len(x) - 1)),
-        "logistic": LogisticRegression(max_iter=1000),
-        "nearest_mean": NearestCentroid(),
+        "mixture": mixture.fit(x),
+        "spreading": spreading.fit(x, given),
+        "logistic": LogisticRegression(max_iter=1000).fit(*few),
+        "nearest_mean": NearestCentroid().fit(*few),
     }
-    scores = {}
-    with warnings.catch_warnings():  # constant features, a disconnected graph, few labels
-        warnings.simplefilter("ignore")
-        models["mixture"].fit(x)
-        models["spreading"].fit(x, given)
-        models["logistic"].fit(x[labelled], given[labelled])
-        models["nearest_mean"].fit(x[labelled], given[labelled])
-        for name, model in models.items():
-            answers = [model.predict(each) for each in (x, x_test)]
-            if name == "mixture":
-                answers = [classes[each] for each in answers]
-            predicted, on_test = map(torch.from_numpy, answers)
-            scores[name] = score(part, predicted, on_test, predicted)
-    return scores
+    return models, classes
 
 
 def summarise(results: dict[int, list[dict]]) -> dict:
@@ -572,12 +578,13 @@ def plot_results(metrics: dict, table: Table, shown: Clustered, config: Config, 
         kmeans = make_model(config, table, number=0, **options).fit(shown.part.x)
         models = {"k-means": kmeans.relabel(shown.part.given)} | models
     labels, clusters = metrics["cluster"]["labels"], metrics["cluster"]["clusters"]
-    title = f"{table.name}, {len(shown.part.x)} training rows, {labels} of them labelled"
+    name = table.name.replace("$", r"\$")  # two would enclose a formula
+    title = f"{name}, {len(shown.part.x)} training rows, {labels} of them labelled"
     title += f", {clusters} clusters"
     try_plot(plot_clusters, shown.part, models, table.classes, title, run / "clusters.png")
     try_plot(plot_objective, shown.model.history_, title, run / "objective.png")
     if config.compare:
-        title = f"{table.name}, {len(table.x)} rows, {config.splits} splits"
+        title = f"{name}, {len(table.x)} rows, {config.splits} splits"
         by_labels = metrics["by_labels"]
         try_plot(plot_label_counts, by_labels, clusters, title, run / "labels.png")
         try_plot(plot_alpha, metrics["by_alpha"], config.alpha, title, run / "alpha.png")

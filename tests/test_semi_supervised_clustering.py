@@ -714,7 +714,7 @@ def test_csv_with_missing_values_and_labels(tmp_path):
     whole = data.drop_incomplete(table)
     assert whole.x.tolist() == [[1, 10], [3, 30], [4, 40]]
     assert (whole.dropped, whole.rows.tolist()) == (1, [0, 2, 3])
-    assert "1 rows lack a feature" in whole.note
+    assert "rows that lack a feature: 1, " in whole.note
 
 
 def test_text_is_read_as_text(tmp_path):
@@ -746,7 +746,8 @@ def test_text_is_read_as_text(tmp_path):
         (CSV, "kind", "cannot be both feature and class"),
         ("kind,name\na,p\nb,q\n", "all", "no column but 'kind' holds numbers"),
         ("kind,size\n", "size", "expected a header and rows below it"),
-        (CSV.replace("b", "a"), "all", "holds 1 classes"),
+        ("kind,size\n", "all", "expected a header and rows below it"),
+        (CSV.replace("b", "a"), "all", "expected at least 2 classes in"),
         ("", "all", "expected a header"),
         (None, "all", "cannot be read"),
         (CSV.replace("p", "Gr\u00f6\u00dfe"), "all", "expected a text in UTF-8"),
@@ -1020,7 +1021,7 @@ def test_other_methods_learn_from_all_rows_or_from_the_labelled_ones(program, co
             return fit(self, x, y, *rest)
 
         monkeypatch.setattr(kind, "fit", watch)
-    program.others(part)
+    program.score_baselines(part)
     x, given = part.x.double().numpy(), part.given.numpy()
     some = (x[given >= 0], given[given >= 0])
     wanted = {"GaussianMixture": (x, None), "LabelSpreading": (x, given)}
@@ -1229,7 +1230,7 @@ def test_own_table_without_the_comparison_and_predict(tmp_path):
     output = call(predict, folder, *inputs, "--out_dir", tmp_path / "out", "--device", "cpu")
     assert f"not read: {bad}: there is no column 'c'" in output
     assert "nowhere.csv cannot be read" in output
-    assert "2 rows lack a feature: no answer" in output
+    assert "rows that lack a feature, without an answer: 2" in output
     found = rows_of(Path(output.splitlines()[-1]) / "predictions.csv")
     assert len(found) == 300
     assert [row["file"] for row in found[::150]] == [str(path), str(tmp_path / "more/mine.csv")]
@@ -1277,8 +1278,8 @@ def test_rows_that_lack_a_feature_get_the_mean_if_they_did_in_training(tmp_path)
     ("flags", "complaint"),
     [
         (["--label_counts", "5,10,500"], "label_counts: iris has 120 training rows"),
-        (["--clusters", "121"], "clusters: iris has only 120 rows"),
-        (["--dataset", "csv", "--csv_file", "none.csv"], "none.csv cannot be read"),
+        (["--clusters", "121"], "clusters: expected at most 120, the training rows"),
+        (["--dataset", "csv", "--csv_file", "none.csv"], "none.csv cannot be read: No such file"),
     ],
 )
 def test_too_small_a_table_is_refused_with_the_key_to_change(program, flags, complaint, tmp_path):
