@@ -398,13 +398,13 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Data:
     """
     classes, parts, bad = [], [], []
     for part in ("train", "test"):
-        files = class_folders(folder / part)
+        files = class_files(folder / part)
         paths = [path for paths in files.values() for path in paths]
         labels = [number for number, paths in enumerate(files.values()) for _ in paths]
         x, places, unreadable = decode(paths, (image_size, image_size), folder)
         y = torch.tensor(labels)[places]
         if len(y) < LEAST or len(y.unique()) < len(files):
-            wanted = f"at least {LEAST} readable pictures, of every class one"
+            wanted = f"at least {LEAST} readable pictures, of every class one, found {len(y)}"
             raise DataError(f"{folder / part}: expected {wanted}{left_out(unreadable)}")
         classes.append(tuple(files))
         parts.append(Images(x, y))
@@ -415,6 +415,15 @@ def load_folder(folder: Path, image_size: int, seed: int) -> Data:
     train, val = split(parts[0], (0.9, 0.1), seed)
     name = folder.resolve().name
     return Data(name, classes[0], train, val, parts[1], {}, f"data: {name}{left_out(bad)}")
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """As class_folders, whose DataError also says which folders are expected."""
+    try:
+        return class_folders(folder)
+    except DataError as error:
+        layout = "expected train/CLASS/* and test/CLASS/*, in data_dir"
+        raise DataError(f"{error} ({layout})") from None
 
 
 def split(images: Images, shares: tuple[float, ...], seed: int) -> list[Images]:

@@ -45,9 +45,13 @@ def plot_worth(metrics: dict, risks: dict[str, Tensor], title: str, path: Path) 
     right.set(ylabel="AUROC of strange images", ylim=(0.4, 1))
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{title}: mean and sd of {metrics['runs']} runs")
+    figure.suptitle(f"{title}: {of_runs(metrics['runs'])}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def of_runs(count: int) -> str:
+    return f"mean and sd of {count} runs" if count > 1 else "one run"
 
 
 def draw_nll(axes: plt.Axes, metrics: dict) -> None:
@@ -100,7 +104,7 @@ def plot_passes(metrics: dict, title: str, path: Path) -> None:
         else:
             axes.set_xlabel("forward passes T averaged")
     grid[0, 0].legend()
-    figure.suptitle(f"{title}: mean and sd of {metrics['runs']} runs")
+    figure.suptitle(f"{title}: {of_runs(metrics['runs'])}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -126,28 +130,38 @@ def plot_rotation(
     """
     mc = probs["mc"].numpy()
     shown = np.sort(np.argsort(-mc.mean(0).sum(0))[:4])
-    figure = plt.figure(figsize=(9, 5.6), layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(1, 3.0, 3.0))
+    pairs = [shown[:2], shown[2:]] if len(shown) > 2 else [shown]
+    figure = plt.figure(figsize=(9, 1.4 + 2.1 * len(pairs)), layout="constrained")
+    rows = figure.subfigures(1 + len(pairs), 1, height_ratios=(1, *[3.0] * len(pairs)))
     for panel, image in zip(rows[0].subplots(1, len(angles)), x, strict=True):
         panel.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         panel.axis("off")
-    jitter = np.random.default_rng(0).uniform(-4, 4, mc.shape[:2])
-    for row, pair in zip(rows[1:], (shown[:2], shown[2:]), strict=True):
-        for axes, label in zip(row.subplots(1, 2, sharey=True), pair, strict=False):
-            place = (np.asarray(angles) + jitter).ravel()
-            axes.scatter(place, mc[..., label].ravel(), s=5, color=METHOD, alpha=0.35, linewidth=0)
-            axes.plot(angles, mc[..., label].mean(0), color=METHOD, label="MC dropout, mean")
-            if "standard" in probs:
-                line = probs["standard"][:, label].numpy()
-                axes.plot(angles, line, "--", color=BASELINE, label=NAMES["standard"])
-            axes.set(ylim=(-0.03, 1.03), xticks=angles[::2])
+    for row, pair in zip(rows[1:], pairs, strict=True):
+        panels = row.subplots(1, 2, sharey=True)
+        for axes, label in zip(panels, pair, strict=False):
+            draw_turning(axes, angles, probs, label)
             axes.set_ylabel(f"p(class {plain_text(classes[label])})")
             if label == shown[0]:
                 axes.legend()
+        for axes in panels[len(pair) :]:
+            axes.axis("off")
     figure.supxlabel("rotation (degrees)", fontsize=10)
     figure.suptitle(f"{title}: a test image turned; a dot for each of {len(mc)} passes")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_turning(axes: plt.Axes, angles: list[int], probs: dict[str, Tensor], label: int) -> None:
+    """The probabilities of one class by angle; dots are moved sideways at random."""
+    mc = probs["mc"][..., label].numpy()
+    jitter = np.random.default_rng(0).uniform(-4, 4, mc.shape)
+    place = (np.asarray(angles) + jitter).ravel()
+    axes.scatter(place, mc.ravel(), s=5, color=METHOD, alpha=0.35, linewidth=0)
+    axes.plot(angles, mc.mean(0), color=METHOD, label="MC dropout, mean")
+    if "standard" in probs:
+        line = probs["standard"][:, label].numpy()
+        axes.plot(angles, line, "--", color=BASELINE, label=NAMES["standard"])
+    axes.set(ylim=(-0.03, 1.03), xticks=angles[::2])
 
 
 def plain_text(name: str) -> str:
@@ -183,7 +197,8 @@ def plot_reliability(
     bottom.set_yscale("log")
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
     top.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1.01))
-    figure.suptitle(f"{title}: reliability on test images, {len(log_probs['mc'])} runs pooled")
+    pooled = f", {len(log_probs['mc'])} runs pooled" if len(log_probs["mc"]) > 1 else ""
+    figure.suptitle(f"{title}: reliability on test images{pooled}")
     top.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -204,7 +219,8 @@ def plot_certainty(
         predicted = int(probs[number].argmax())
         panel.imshow(x[number].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         color = "black" if predicted == y[number] else "red"
-        text = f"{classes[predicted]} ({probs[number].max():.0%})\ntrue {classes[y[number]]}"
+        label, truth = (classes[place][:8] for place in (predicted, y[number]))
+        text = f"{label} ({probs[number].max():.0%})\ntrue {truth}"
         panel.set_title(plain_text(text), fontsize=8, color=color)
     for row, name in enumerate(("most certain", "least certain", "least certain")):
         panels[row, 0].set_ylabel(name, fontsize=9)

@@ -60,6 +60,7 @@ from model import (
     temper,
 )
 from plots import (
+    plain_text,
     plot_active,
     plot_certainty,
     plot_passes,
@@ -550,24 +551,25 @@ def plot_results(
     run: Path,
 ) -> None:
     """The pictures of a run; those of single images are of run 0."""
-    title = f"{data.name}, {config.train_images} training images"
+    name = plain_text(data.name)
+    title = f"{name}, {config.train_images} training images"
     risk = {kind: torch.stack([one.risks[kind] for one in outcomes]) for kind in outcomes[0].risks}
     try_plot(plot_worth, metrics, risk, title, run / "worth.png")
     try_plot(plot_passes, metrics, title, run / "passes.png")
     log_probs = {
-        name: torch.stack([one.log_probs[name]["test"] for one in outcomes])
-        for name in outcomes[0].log_probs
+        side: torch.stack([one.log_probs[side]["test"] for one in outcomes])
+        for side in outcomes[0].log_probs
     }
     y, test = data.test.y.cpu(), at_report(metrics["test"], config)
-    ece = {name: test[name]["ece"]["mean"] for name in log_probs}
+    ece = {side: test[side]["ece"]["mean"] for side in log_probs}
     try_plot(plot_reliability, log_probs, y, ece, title, run / "reliability.png")
     images, probs = data.test.x.cpu(), log_probs["mc"][0].exp()
     try_plot(plot_certainty, images, y, probs, data.classes, title, run / "certainty.png")
     try_plot(plot_turning, network, data, config, title, run / "rotation.png")
     if config.study:
-        try_plot(plot_study, metrics["study"], data.name, run / "study.png")
+        try_plot(plot_study, metrics["study"], name, run / "study.png")
     if config.active:
-        try_plot(plot_active, metrics["active"], data.name, run / "active.png")
+        try_plot(plot_active, metrics["active"], name, run / "active.png")
 
 
 def plot_turning(

@@ -315,7 +315,7 @@ def test_all_labels_are_used_where_none_is_to_be_hidden():
 
 
 def test_a_class_that_is_too_small_is_named():
-    with pytest.raises(PROJECT.data.DataError, match=r"class '.' has too few pictures, \d+ without"):
+    with pytest.raises(PROJECT.data.DataError, match=r"'.' has too few pictures, \d+ without"):
         PROJECT.data.split(
             numbered(30, True), labels_per_class=5, val_per_class=7, pool_size=0, seed=0
         )
