@@ -269,7 +269,7 @@ def compare(table: Table, config: Config, run: Path, device: torch.device) -> di
             for row in rows
         ]
         ours = mean(row[f"{ours_of(config, table)}_accuracy"] for row in results[count])
-        print(f"{count} labels: accuracy {ours:.4f} over {config.splits} splits")
+        print(f"labels {count}  splits {config.splits}  accuracy {ours:.4f}")
     return results
 
 
@@ -584,7 +584,7 @@ def plot_results(metrics: dict, table: Table, shown: Clustered, config: Config, 
     try_plot(plot_clusters, shown.part, models, table.classes, title, run / "clusters.png")
     try_plot(plot_objective, shown.model.history_, title, run / "objective.png")
     if config.compare:
-        title = f"{name}, {len(table.x)} rows, {config.splits} splits"
+        title = f"{name}, {len(table.x)} rows, {config.splits} split{'s' * (config.splits > 1)}"
         by_labels = metrics["by_labels"]
         try_plot(plot_label_counts, by_labels, clusters, title, run / "labels.png")
         try_plot(plot_alpha, metrics["by_alpha"], config.alpha, title, run / "alpha.png")
