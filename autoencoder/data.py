@@ -529,7 +529,7 @@ def load_folder(folder: Path, seed: int) -> tuple[Set, list[str]]:
 
 def read_images(folder: Path, cache: Path, bad: list[str]) -> tuple[tuple[str, ...], Images]:
     """Class names and images of folder/CLASS/*; adds to `bad` what cannot be read."""
-    files = class_folders(folder)
+    files = class_files(folder)
     paths = [path for paths in files.values() for path in paths]
     labels = torch.tensor([label for label, name in enumerate(files) for _ in files[name]])
     x, places, unreadable = decode(paths, (SIZE, SIZE), cache)
@@ -540,6 +540,15 @@ def read_images(folder: Path, cache: Path, bad: list[str]) -> tuple[tuple[str, .
     if len(x) < LEAST:
         raise DataError(f"{folder}: expected at least {LEAST} readable pictures, found {len(x)}")
     return tuple(files), Images(x, y)
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """As class_folders, whose DataError also says which folders are expected."""
+    try:
+        return class_folders(folder)
+    except DataError as error:
+        layout = "expected train/CLASS/* and test/CLASS/*, in data_dir"
+        raise DataError(f"{error} ({layout})") from None
 
 
 def part_sizes(count: int, shares: tuple[float, ...]) -> list[int]:

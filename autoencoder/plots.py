@@ -47,7 +47,7 @@ def plot_curves(
             axes.plot(epochs, [row[key] for row in rows], ".-", color=color, label=label)
         axes.axhline(pca[name], color=BASELINE, linestyle="--", label="PCA, validation")
         axes.set(yscale="log", xlabel="epoch", ylabel="MSE, pixels in [0, 1]")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         own, other = (numbers[f"{row}_{name}"][name]["mse"] for row in ("trained_on", "pca_of"))
         axes.set_title(f"{names[name]}: test MSE {own:.5f}, PCA {other:.5f}")
         axes.legend()
@@ -96,7 +96,8 @@ def plot_reconstructions(
     for part, (name, rows) in zip(parts, shown.items(), strict=True):
         panels = part.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axes, (row, x) in zip(panels, rows.items(), strict=True):
-            show_line(axes, x, method_label(row, name, numbers, names), gaps=(4, 8))
+            gaps = (4, 8) if len(x) == 12 else ()
+            show_line(axes, x, method_label(row, name, numbers, names), gaps)
         if len(rows["original"]) == 12:
             options = {"ha": "center", "fontsize": 10, "transform": panels[0].transAxes}
             for place, text in enumerate(("best", "median", "worst")):
@@ -126,7 +127,9 @@ def plot_noise(
             if level > 0:
                 label = f"{kind} noise, {level:g} sd"
                 lines[new_label(label, numbers[kind][f"{level:g}"])] = x
-    title = f"{dataset}: test images' codes with noise, decoded; accuracy of an outside classifier"
+    title = f"{dataset}: test images' codes with noise, decoded"
+    if "judge_accuracy" in numbers["test_images"]:
+        title += "; accuracy of an outside classifier"
     plot_lines(lines, title, path)
 
 
@@ -193,7 +196,7 @@ def plot_classifier(numbers: dict, dataset: str, path: Path) -> None:
             )
         axes.set_title(f"{int(count):,} labels")
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[0, 0].set_ylabel("validation accuracy (%)")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

@@ -77,15 +77,15 @@ def reconstruct(autoencoder: Autoencoder, pca: Pca, inputs: list[str], folder: P
             totals = {name: totals[name] + float(own.sum()) for name, own in errors.items()}
             codes.append(autoencoder.encoder(x).cpu().numpy())
             lines = lines or first_line(x, *outputs.values())
-    for reason in bad:
-        tqdm.write(f"left out: {reason}")
     if not codes:
         raise DataError(f"no picture could be read, the first: {bad[0]}")
+    for reason in bad:
+        tqdm.write(f"left out: {reason}")
     codes = np.concatenate(codes)
     np.save(folder / "codes.npy", codes)
     title = "pictures as the networks see them, and what comes back"
     plot_lines(lines, title, folder / "reconstructions.png")
-    print(f"{len(codes)} pictures, {len(bad)} left out; mean squared error, pixels in [0, 1]:")
+    print(f"pictures: {len(codes)}, left out: {len(bad)}; mean squared error, pixels in [0, 1]:")
     print(f"{'autoencoder':>16}  {totals['mse'] / len(codes):.5f}")
     print(f"{'PCA':>16}  {totals['pca_mse'] / len(codes):.5f}")
 
@@ -117,7 +117,7 @@ def write_new(autoencoder: Autoencoder, saved: dict, count: int, folder: Path) -
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     lines = {f"{n}": scaled(x[n : n + SHOWN]) for n in range(0, min(count, 8 * SHOWN), SHOWN)}
     plot_lines(lines, "new images, by number", folder / "new.png")
-    print(f"{count} new images of {len(labels)} classes in {folder / 'new'}")
+    print(f"new images: {count}, in {folder / 'new'}")
 
 
 @torch.no_grad()

@@ -363,7 +363,8 @@ def plot_results(
     config: Config,
     run: Path,
 ) -> None:
-    names = {name: images.name for name, images in sets.items()}
+    names = {name: images.name.replace("$", r"\$") for name, images in sets.items()}
+    sets = {name: images._replace(name=names[name]) for name, images in sets.items()}
     numbers, x = metrics["reconstruction"], sets["x"]
     history = {name: read_rows(run, f"autoencoder-{name}") for name in sets}
     pca = {

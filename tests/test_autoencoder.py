@@ -978,7 +978,7 @@ def test_predictions_are_those_of_the_run(tmp_path):
         assert [float(row[column]) for row in rows[1:4]] == pytest.approx(wanted, rel=1e-4)
     codes = data.outputs_of(model.encoder, few).numpy()
     assert np.load(folder / "codes.npy")[:3] == pytest.approx(codes, abs=1e-5)
-    assert "5 pictures, 1 left out" in output and (folder / "reconstructions.png").is_file()
+    assert "pictures: 5, left out: 1;" in output and (folder / "reconstructions.png").is_file()
     best = torch.load(run / "autoencoder-x.pt", weights_only=True)
     assert all(torch.equal(best[name], saved["weights"][name]) for name in best)
 

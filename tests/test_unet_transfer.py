@@ -371,6 +371,10 @@ def spoil_mask(folder: Path, mask: np.ndarray) -> None:
         (lambda f: (f / "segments.txt").write_text("a\nb\nc\nd\n"), "'d' .index 3. is in no train"),
         (lambda f: (f / "classes.csv").unlink(), "classes.csv: there is no such file"),
         (lambda f: (f / "classes.csv").write_text("a,b\n"), "classes.csv: expected the columns"),
+        (
+            lambda f: (f / "classes.csv").write_text("file,class\n03.png,a\n"),
+            "classes.csv: expected at least 2 classes to learn from, found 1",
+        ),
         (lambda f: (f / "classes.csv").write_text("file,class\nx.png,a\n"), "images/x.png is not"),
         (lambda f: add_line(f, "03.png,dog"), "images/03.png has two classes: cat, dog"),
         (lambda f: as_jpeg(f), "masks/00.jpg: expected masks in PNG"),
@@ -475,7 +479,7 @@ def test_masks_and_images_that_are_alone_are_counted(tmp_path):
     (folder / "images" / "04.png").unlink()
     (folder / "images" / "04.png").symlink_to("nothing.png")
     note = load_folder(folder).note
-    assert "1 masks without an image, the first: " in note and "03_mask.png" in note
+    assert "masks without an image: 1, the first: " in note and "03_mask.png" in note
     assert "unreadable files left out: 1" in note
 
 
@@ -1049,7 +1053,7 @@ def test_predictions_are_those_of_the_run(tmp_path):
     assert np.array(mask.convert("RGB"))[0, 0] == pytest.approx(colors[int(wanted[1][0, 0])], abs=1)
     assert Image.open(folder / "masks" / "more" / "0.png.png").size == (70, 9)
     assert Image.open(folder / "overlays" / "grey.png.png").size == (40, 51)
-    assert "4 pictures, 1 left out" in output
+    assert "pictures: 4, left out: 1;" in output
 
 
 def test_masks_are_enlarged_as_torch_does():

@@ -496,7 +496,8 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
     """
     paths = visible_files(folder / "images")
     if not paths:
-        raise DataError(f"{folder / 'images'}: there are no images")
+        layout = "expected images/, masks/ and classes.csv in data_dir"
+        raise DataError(f"{folder / 'images'}: there are no images ({layout})")
     images = {composed(path.relative_to(folder / "images").as_posix()): path for path in paths}
     labels = read_labels(folder / "classes.csv", set(images))
     classes = tuple(sorted(set(labels.values())))
@@ -518,7 +519,7 @@ def load_folder(folder: Path, sizes: Sizes, seed: int, ignore_index: int) -> Tas
     name = folder.resolve().name
     task = photograph_task(name, classes, segments, splits, values, sizes, cache=folder)
     lost = sorted(masks.keys() - set(map(without_suffix, images)))
-    more = f"; {len(lost)} masks without an image, the first: {masks[lost[0]]}" if lost else ""
+    more = f"; masks without an image: {len(lost)}, the first: {masks[lost[0]]}" if lost else ""
     return task._replace(note=task.note + more)
 
 
@@ -596,6 +597,8 @@ def read_labels(path: Path, known: set[str]) -> dict[str, str]:
             raise DataError(f"{path}: images/{name} has two classes: {labels[name]}, {label}")
     if lost := sorted(labels.keys() - known):
         raise DataError(f"{path}: images/{lost[0]} is not there")
+    if (count := len(set(labels.values()))) < 2:
+        raise DataError(f"{path}: expected at least 2 classes to learn from, found {count}")
     return labels
 
 
@@ -642,8 +645,8 @@ def photograph_task(
 
 
 def absent(name: str, segments: tuple[str, ...], images: Splits) -> str:
-    """What to say of segments that are in no validation or test mask. Raises DataError if one is in
-    no training mask.
+    """A note on segments that are in no validation or test mask. Raises DataError if one is in no
+    training mask.
     """
     seen = [set(part.y.unique().tolist()) for part in images]
     for number, segment in enumerate(segments):

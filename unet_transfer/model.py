@@ -80,8 +80,8 @@ class UNet(nn.Module):
     def train(self, mode: bool = True) -> "UNet":
         """As in nn.Module, but a frozen down part stays in eval mode.
 
-        requires_grad says nothing to batch normalisation, whose running mean and variance move
-        with every forward pass in train mode.
+        requires_grad does not stop batch normalisation, whose running mean and variance move with
+        every forward pass in train mode.
         """
         super().train(mode)
         frozen = not any(weight.requires_grad for weight in self.down.parameters())

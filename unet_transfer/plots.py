@@ -26,7 +26,8 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
     for stage, name in STAGES.items():
         rows, cost = history[stage], compute[stage]
         spent = [start + cost * row["epoch"] / len(rows) for row in rows]
-        top.plot(spent, column(rows, "train_loss"), color=TRAIN, label="pretrained, train")
+        look = {"color": TRAIN, "marker": "." if len(rows) == 1 else None}
+        top.plot(spent, column(rows, "train_loss"), label="pretrained, train", **look)
         for axes, key in ((top, "val_loss"), (bottom, "val_miou")):
             if key in rows[0]:
                 look = {"color": VALIDATION, "marker": ".", "label": "pretrained, validation"}
@@ -41,6 +42,7 @@ def plot_curves(history: dict[str, list[dict]], compute: dict, title: str, path:
             label = "from scratch, equal compute, validation"
             axes.plot(spent, column(rows, key), color=BASELINE, label=label)
     figure.suptitle(title)
+    top.set_xlim(left=min(0, top.get_xlim()[0]))  # room for the first stage's name
     top.set_ylabel("loss: cross-entropy (nats),\nfrom stage 1 on plus Dice")
     bottom.set(ylabel="validation mIoU", xlabel="training compute (epochs of stage 2)")
     bottom.set_ylim(0, 1)
@@ -83,7 +85,8 @@ def plot_examples(
         for panel, picture in zip(column_panels, pictures, strict=True):
             panel.imshow(picture, interpolation="nearest")
             panel.axis("off")
-    handles = [Patch(color=color, label=name) for color, name in zip(colors, segments, strict=True)]
+    labels = [name.replace("$", r"\$") for name in segments]
+    handles = [Patch(color=color, label=text) for color, text in zip(colors, labels, strict=True)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=7
     )

@@ -144,11 +144,11 @@ def write_pictures(
 
 def report_shares(total: np.ndarray, count: int, segments: list[str], bad: list[str]) -> None:
     """Raises DataError if no picture could be read."""
-    for reason in bad:
-        tqdm.write(f"left out: {reason}")
     if not count:
         raise DataError(f"no picture could be read, the first: {bad[0]}")
-    print(f"{count} pictures, {len(bad)} left out; mean share of pixels:")
+    for reason in bad:
+        tqdm.write(f"left out: {reason}")
+    print(f"pictures: {count}, left out: {len(bad)}; mean share of pixels:")
     for segment_name, share in zip(segments, total / count, strict=True):
         print(f"{segment_name:>16}  {share:.3f}")
 

@@ -430,7 +430,8 @@ def spread_out(examples: Examples, model: UNet, batch_size: int) -> tuple[Tensor
 
 def plot_results(metrics: dict, compared: Compared, task: Task, config: Config, run: Path) -> None:
     names = {"transfer": "pretrained", "scratch": "from scratch"}
-    title = f"{task.name}, {config.mask_count} masks: test mIoU " + ", ".join(
+    dataset = task.name.replace("$", r"\$")  # two would enclose a formula
+    title = f"{dataset}, {config.mask_count} masks: test mIoU " + ", ".join(
         f"{metrics[method]['test_miou']:.2f} {name}"
         for method, name in names.items()
         if method in metrics
@@ -442,7 +443,7 @@ def plot_results(metrics: dict, compared: Compared, task: Task, config: Config, 
     try_plot(plot_examples, x, y, masks, task.segments, title, run / "examples.png")
     if config.study:
         path = run / "label_efficiency.png"
-        try_plot(plot_label_efficiency, metrics["label_efficiency"], task.name, path)
+        try_plot(plot_label_efficiency, metrics["label_efficiency"], dataset, path)
 
 
 if __name__ == "__main__":
