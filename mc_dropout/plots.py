@@ -36,7 +36,7 @@ def plot_worth(metrics: dict, risks: dict[str, Tensor], title: str, path: Path) 
         found = [kinds[kind] for kinds in metrics["auroc"].values()]
         mean, sd = ([one[key] for one in found] for key in ("mean", "sd"))
         look = {"color": color, "alpha": 0.8, "hatch": "///" if style == "--" else None}
-        at = np.arange(len(found)) + 0.27 * (number - 1)
+        at = np.arange(len(found)) + 0.27 * (number - (len(risks) - 1) / 2)
         right.bar(at, mean, 0.25, yerr=sd, label=label, **look)
     middle.set(xlabel="images answered, the most certain first (%)", ylabel="error rate (%)")
     middle.set_ylim(bottom=0)
@@ -57,12 +57,13 @@ def of_runs(count: int) -> str:
 def draw_nll(axes: plt.Axes, metrics: dict) -> None:
     """Test NLL of each side after report_passes, as it is and with a temperature."""
     test, at = metrics["test"], metrics["report_passes"] - 1
-    for number, side in enumerate(name for name in NAMES if name in test):
+    sides = [name for name in NAMES if name in test]
+    for number, side in enumerate(sides):
         own, tempered = test[side]["nll"], test[f"{side}_tempered"]["nll"]
         heights, errors = (
             (np.ravel(own[key])[: at + 1][-1], tempered[key]) for key in ("mean", "sd")
         )
-        places = np.arange(2) + 0.4 * number - 0.2
+        places = np.arange(2) + 0.4 * (number - (len(sides) - 1) / 2)
         look = {"color": COLORS[side], "capsize": 3, "label": NAMES[side]}
         axes.bar_label(axes.bar(places, heights, 0.36, yerr=errors, **look), fmt="%.3f", fontsize=8)
     if "ensemble" in metrics:

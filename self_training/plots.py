@@ -41,7 +41,7 @@ def plot_arms(metrics: dict, own: str, title: str, path: Path) -> None:
         value = max(score["mean"] for score in metrics["sklearn"].values())
         left.axhline(value, color="tab:purple", linestyle="-.", label="best of scikit-learn")
     left.set(xlabel="round", ylabel="test accuracy")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.set_title("over the rounds: mean ± sd; dots: round kept")
     left.legend(loc="best", fontsize=8)
     plot_scores(right, metrics, own)
@@ -118,7 +118,7 @@ def plot_quality(arms: dict, own: str, classes: tuple[str, ...], title: str, pat
     panels[2].set(xlabel="round", ylabel="share of the pseudo-labels", ylim=(0, 1))
     panels[2].set_title(f"classes of {LABELS[own]}, first seed")
     for axes in panels:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(classes) <= 20:
         handles, texts = panels[2].get_legend_handles_labels()
         columns = 10 if max(map(len, classes)) < 3 else 5
@@ -157,7 +157,7 @@ def plot_picture(axes: plt.Axes, item: dict, classes: tuple[str, ...]) -> None:
     picture = item["x"].transpose(1, 2, 0)
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)  # no colour map where there are 3 channels
     wrong = item["truth"] not in (UNKNOWN, item["label"])
-    label, truth = (classes[item[key]][:10].replace("$", r"\$") for key in ("label", "truth"))
+    label, truth = (classes[item[key]][:8].replace("$", r"\$") for key in ("label", "truth"))
     confidence = np.floor(1000 * item["confidence"]) / 10  # never rounded up to 100%
     text = f"{label}  {confidence:.1f}%" + (f"\n({truth})" if wrong else "")
     axes.set_title(text, fontsize=8, color="tab:red" if wrong else "black")
@@ -174,7 +174,7 @@ def plot_predictions(shown: list[tuple[tuple, Tensor]], path: Path) -> None:
     for axes, ((_, label, probability), picture) in zip(panels.flat, shown, strict=False):
         axes.imshow(picture.permute(1, 2, 0), interpolation="nearest")
         confidence = np.floor(1000 * probability) / 10  # never rounded up to 100%
-        axes.set_title(f"{label[:10]}  {confidence:.1f}%".replace("$", r"\$"), fontsize=8)
+        axes.set_title(f"{label[:8]}  {confidence:.1f}%".replace("$", r"\$"), fontsize=8)
     figure.suptitle("class and probability: the surest first, the least sure last")
     figure.savefig(path, dpi=150)
     plt.close(figure)
