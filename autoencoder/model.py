@@ -1,7 +1,7 @@
 """A convolutional autoencoder, a classifier over its encoder, and the optimizer Muon.
 
 The code is linear (Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural
-Networks"), so its opponent is PCA with as many components, the best linear autoencoder (Baldi &
+Networks"), so its baseline is PCA with as many components, the best linear autoencoder (Baldi &
 Hornik 1989). Muon: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
 """
 

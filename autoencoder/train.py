@@ -227,7 +227,7 @@ def train_autoencoder(
 
 
 def new_autoencoder(images: Set, config: Config) -> Autoencoder:
-    """An untrained one that knows the mean of the training images; always the same weights."""
+    """An untrained one with the mean of the training images; always the same weights."""
     seed_everything(config.seed, "autoencoder")
     model = Autoencoder(config.widths, config.code_size, mean_image(images.train))
     return model.to(images.train.x.device, memory_format=torch.channels_last)
@@ -387,7 +387,7 @@ def shown_examples(
     methods: dict[str, dict[str, Reconstruct]],
     errors: dict[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Test images of a set and what each method makes of them."""
+    """Test images of a set and each method's reconstructions."""
     chosen = best_median_worst(errors[f"trained_on_{name}"][name], sets[name].test.x)
     x = scaled(sets[name].test.x[chosen.to(sets[name].test.x.device)])
     rows = [row for row in methods if row.startswith("trained_on") or row == f"pca_of_{name}"]

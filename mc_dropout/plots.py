@@ -263,7 +263,7 @@ def draw_band(axes: plt.Axes, x: list, found: list[dict], *, color: str, **style
 
 
 def plot_active(active: dict, dataset: str, path: Path) -> None:
-    """Test accuracy against labels for each way to ask for them, and what it has over random."""
+    """Test accuracy against labels for each acquisition method, and its gain over random."""
     styles = {
         "random": ("random", "black", ":"),
         "entropy": ("entropy, dropout off", BASELINE, "-"),

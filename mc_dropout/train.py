@@ -374,8 +374,8 @@ def uncertainty_numbers(outcomes: list[Outcome]) -> dict:
 
 
 def compare_measures(of_runs: list[dict]) -> dict:
-    """Mean and standard deviation of each measure over the runs, and what it has more than the
-    entropy of standard dropout, in pairs.
+    """Mean and standard deviation of each measure over the runs, and its paired
+    difference from the entropy of standard dropout.
     """
     values = {
         kind: torch.tensor([float(one[kind]) for one in of_runs]).double() for kind in of_runs[0]

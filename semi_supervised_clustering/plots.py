@@ -29,7 +29,7 @@ SHOWN = 3000  # points drawn at most
 
 
 def plot_clusters(part, models: dict, classes: tuple[str, ...], title: str, path: Path) -> None:
-    """Training rows of one split, as each of `models` (by name) sees them, in one plane.
+    """Training rows of one split by the class that each of `models` (by name) predicts, in a plane.
 
     The plane is that of the last model's centres; where three or fewer centres span it, its
     background shows the class of the cluster whose centre is nearest.

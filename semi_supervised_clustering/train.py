@@ -216,7 +216,7 @@ def describe_fit(shown: Clustered) -> dict:
 def score(part: Split, predicted: Tensor, predicted_test: Tensor, clusters: Tensor) -> dict:
     """Accuracy on unlabelled training rows and test rows; ARI and NMI of `clusters` on the former.
 
-    Rows whose class nobody knows are left out; nan where none is left.
+    Rows of unknown class are left out; nan where none is left.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -287,7 +287,7 @@ def cluster_counts(table: Table, config: Config, points: int) -> list[int]:
 def unlabelled_arms(
     table: Table, config: Config, device: torch.device, number: int
 ) -> dict[str, ClusterThenLabel]:
-    """k-means that has seen no label, for each number of clusters: the same whatever the labels."""
+    """k-means without labels, for each number of clusters: the same whatever the labels."""
     part = sample_split(table, config, config.label_counts[0], number, device)
     models = {}
     for clusters in cluster_counts(table, config, len(part.x)):
