@@ -215,13 +215,13 @@ def cached(folder: Path, name: str, key: object, make: Callable) -> Any:
     A damaged file is made anew; a folder that is full or may only be read is no error.
     """
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = folder / f"{name}-{digest}.pt"
+    path = folder / f".{name}-{digest}.pt"
     with suppress(Exception):  # not there, or damaged
         return torch.load(path, weights_only=True)
     result = make()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     with suppress(OSError, RuntimeError):  # torch.save on a full disk is a RuntimeError
-        for old in folder.glob(f"{name}-*.part"):  # of a run that was killed
+        for old in folder.glob(f".{name}-*.part"):  # of a run that was killed
             if time.time() - old.stat().st_mtime > 3600:
                 old.unlink()
         torch.save(result, temporary)

@@ -375,7 +375,8 @@ def test_decoded_pictures_are_kept_by_all_that_decides_them(tmp_path, monkeypatc
     Image.new("RGB", (8, 4), (255, 1, 1)).save(files[0])
     os.utime(files[0], ns=(old.st_atime_ns, old.st_mtime_ns))  # the same time stamp
     assert reader.decode(files, (4, 4), tmp_path)[0][0, 0, 0, 0] == 255
-    for cache in tmp_path.glob("decoded-*.pt"):
+    assert len(reader.visible_files(tmp_path)) == 4, "the cache is none of the pictures"
+    for cache in tmp_path.glob(".decoded-*.pt"):
         cache.write_bytes(cache.read_bytes()[:100])
     assert torch.equal(reader.decode(files, (4, 4), tmp_path)[0][1:], x[1:])
     assert not list(tmp_path.glob("*.part"))

@@ -87,8 +87,10 @@ def plot_examples(
             panel.axis("off")
     labels = [name.replace("$", r"\$") for name in segments]
     handles = [Patch(color=color, label=text) for color, text in zip(colors, labels, strict=True)]
+    if (y >= len(segments)).any():
+        handles.append(Patch(facecolor="white", edgecolor="tab:gray", label="does not count"))
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(segments), 6), fontsize=7
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=7
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
