@@ -89,7 +89,6 @@ from model import (
 from plots import plot_curves, plot_detections, plot_f1, plot_mistakes, plot_precision_recall
 from scenes import CONFOUNDERS, draw_split
 
-WORDS = ("coco", "none")  # what weights may be other than a file
 ARCHITECTURES = Literal[
     "small",
     "mobilenet_v3_large_320_fpn",
@@ -114,7 +113,7 @@ class Config:
     scene_counts: tuple[SceneCount, SceneCount, SceneCount]
     scene_pattern: str
     architecture: ARCHITECTURES
-    weights: Path
+    weights: Path  # or coco, or none
     precision: Literal["auto", "float32", "bfloat16"]
     epochs: Epochs
     batch_size: Batch
