@@ -50,7 +50,7 @@ def values_for(kind: object) -> list[str]:
 
 
 def flags_for(modules: object, project: str, key: str) -> dict[str, str]:
-    """The tiny run's, with one's own data if the key is a path or a text."""
+    """The tiny run's, with data of the user's own if the key is a path or a text."""
     tiny = importlib.import_module(f"test_{project}").TINY
     flags = {name[2:]: str(text) for name, text in zip(tiny[::2], tiny[1::2], strict=True)}
     if str(modules.train.Config.__annotations__[key]) in ("<class 'str'>", str(Path)):

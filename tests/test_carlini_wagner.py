@@ -625,7 +625,7 @@ def test_pictures_come_back_from_disk_as_they_were(tmp_path):
     assert np.asarray(Image.open(tmp_path / "new" / "b.png")).shape == (6, 6, 3)
 
 
-def test_digits_are_chosen_by_pair_and_only_if_seen_rightly():
+def test_digits_are_chosen_by_pair_and_only_if_classified_correctly():
     y = torch.arange(10).repeat(20)
     right = torch.arange(200) % 7 > 0
     chosen, target = data.choose_digits(y, right, target="pairs", count=90)
@@ -860,7 +860,7 @@ def test_what_depends_on_which_part_of_the_data(scenes, tmp_path):
         assert not same_weights(runs["train"][1][place], whole[1][place])
     assert runs["test"][2]["test_accuracy"] != whole[2]["test_accuracy"]
     assert runs["test"][2]["second_test_accuracy"] != whole[2]["second_test_accuracy"]
-    assert not torch.equal(runs["test"][3].x, whole[3].x)  # other scenes are seen rightly
+    assert not torch.equal(runs["test"][3].x, whole[3].x)  # other scenes are classified correctly
     check_against_the_data(whole, scenes)
 
 

@@ -611,7 +611,7 @@ def test_data_are_asked_for_by_the_seed(tmp_path):
 
 @pytest.fixture(scope="module")
 def again(run, leaves_dir) -> SimpleNamespace:
-    """The data of the run and what its saved network says of them, by plain lines."""
+    """The data of the run and what its saved network predicts, by plain lines."""
     options = {"image_size": 16, "leaf_count": 90, "same_bits": 16, "seed": 0}
     found = data.load(dataset="leaves", data_dir=leaves_dir, **options)
     saved = torch.load(run / "model.pt", weights_only=True)
